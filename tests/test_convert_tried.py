@@ -11,7 +11,6 @@ from torch.nn.utils import parametrizations, parametrize
 
 import ckpt_kernels
 from ckpt_kernels.convert import Report
-from ckpt_kernels.convert.code.in_place_writes import in_place_writer
 
 from .conftest import DEVICE
 from .conversion import WIDTH, close, kept, random_tensor, results_of, twins
@@ -270,31 +269,6 @@ class RMS(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-class WritesWithin(nn.Module):
-    """A write that only a function within a method reaches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.linear = RMS(), nn.Linear(WIDTH, WIDTH)
-
-    def add(self, x: Tensor) -> Tensor:
-        return x.add_(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        def later(t: Tensor) -> Tensor:
-            return self.add(t)
-
-        hidden = self.linear(x)
-        return self.norm(hidden) + later(hidden)
-
-
-def test_a_write_in_a_function_within_a_method_is_found() -> None:
-    model = WritesWithin().to(DEVICE, torch.bfloat16)
-    assert in_place_writer(model) == "WritesWithin.add"
-    ckpt_kernels.convert(model)
-    model(rows().bfloat16()).sum().backward()
 
 
 def test_a_probability_out_of_range_is_torchs_error() -> None:

@@ -8,13 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
 from ckpt_kernels.recompute import biases, fast_path
+from ckpt_kernels.recompute.announcements import Announced
 from ckpt_kernels.recompute.cells import Cell, Kept
 from ckpt_kernels.recompute.discarder import Discarder
-from ckpt_kernels.recompute.recipes import Claim
+from ckpt_kernels.recompute.entries import Block, Entries, Entry
+from ckpt_kernels.recompute.recipes import Claim, Recipe
 
 from .discarded_outputs import Parameters, model_of_all, random_tensor, same_bits, shows_saved
 from .test_provenance_programs import Square, random_program
@@ -126,7 +129,8 @@ def no_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("Python was called")
 
     with monkeypatch.context() as patch:
-        for owner, name in ((Discarder, "pack"), (Discarder, "record"), (biases, "versions_in")):
+        used = (Discarder, "pack"), (Discarder, "record"), (Announced, "__init__"), (biases, "versions_in")
+        for owner, name in (*used, (Kept, "get"), (Claim, "get"), (Recipe, "serve")):
             patch.setattr(owner, name, fail)
         yield
 
@@ -142,7 +146,97 @@ def test_usual_cases_run_without_python(monkeypatch: pytest.MonkeyPatch) -> None
         q, k = (t.transpose(1, 2) for t in TF.linear(F.rms_norm(h, 32), p["b"]).view(4, 8, 2, 16).unbind(2)[:2])
         contiguous = (q @ k.transpose(1, 2)).contiguous()
         loss = (contiguous * contiguous.detach()).sum() + TF.log_softmax(h, -1).sum()
-    loss.backward()
+        loss.backward()
+
+
+def test_sums_with_dropout_run_without_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dropout of a product has no recipe, because the recipe would keep the product; so the sum has none either."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        x, weight = random_tensor(4, 32, seed=1).requires_grad_(), random_tensor(32, 32).requires_grad_()
+        with recompute.discard_outputs():
+            dropped = F.bias_act(TF.linear(x, weight), dropout_p=0.5)
+            return dropped, TF.linear(x + dropped, weight)
+
+    with no_python(monkeypatch):
+        dropped, output = run()
+    with python_only():
+        expected, expected_output = run()
+    assert dropped.grad_fn.recomputed_block is expected.grad_fn.recomputed_block is None
+    assert all_described(output) == all_described(expected_output)
+
+
+def test_a_block_that_saves_its_output_is_not_marked() -> None:
+    x, weight = random_tensor(4, 32, seed=1).requires_grad_(), random_tensor(32, 32).requires_grad_()
+    for context in (contextlib.nullcontext(), python_only()):
+        with context, recompute.discard_outputs():
+            output = F.bias_act(TF.linear(x, weight), activation="relu")
+            assert not hasattr(output.grad_fn, "recomputed_block")
+
+
+def test_a_view_of_an_output_is_unpacked_without_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = random_tensor(4, 32, seed=1).requires_grad_(), random_tensor(8, 3)
+    expected = torch.autograd.grad((F.layer_norm(x, 32)[1:, 4:12] @ weight.requires_grad_()).sum(), [x, weight])
+    with no_python(monkeypatch), recompute.discard_outputs():
+        output = F.layer_norm(x, 32)[1:, 4:12] @ weight
+        assert [type(cell.content) for _, _, cell in cells_of(output)].count(Claim) == 1
+        assert all(map(same_bits, torch.autograd.grad(output.sum(), [x, weight]), expected))
+
+
+def test_backward_passes_leave_the_same_claims() -> None:
+    """For one reader and for two, in one backward pass and in two."""
+
+    def run(readers: int) -> list[Any]:
+        x, weight = random_tensor(4, 32, seed=1).requires_grad_(), random_tensor(32, 32).requires_grad_()
+        with recompute.discard_outputs():
+            h = F.rms_norm(x, 32)
+            output = sum(TF.linear(h, weight) for _ in range(readers)).square()
+        before = [described(cell) for _, _, cell in cells_of(output)]
+        found: list[Any] = []
+        for _ in range(2):
+            found.append(torch.autograd.grad(output.sum(), [x, weight], retain_graph=True))
+            claims = [cell.content for _, _, cell in cells_of(output) if isinstance(cell.content, Claim)]
+            assert len(claims) == readers
+            served = [claim.served for claim in claims]
+            found.append((len(set(served)), -1 in served, [claim.made for claim in claims]))
+        return [before, [[g.tolist() for g in each] if torch.is_tensor(each[0]) else each for each in found]]
+
+    for readers in (1, 2):
+        found = run(readers)
+        with python_only():
+            assert found == run(readers)
+
+
+def test_references_to_storages_equal_torchs() -> None:
+    tensor = torch.ones(8)
+    found, expected = fast_path.library.storage_reference(tensor), StorageWeakRef(tensor.untyped_storage())
+    assert found.cdata == expected.cdata == tensor.untyped_storage()._cdata
+    assert not found.expired()
+    del tensor
+    assert found.expired() and expected.expired()
+    # No new storage gets the address.
+    assert found.cdata not in [torch.ones(8).untyped_storage()._cdata for _ in range(64)]
+
+
+def test_the_library_needs_classes_with_slots() -> None:
+    class Dynamic:
+        pass
+
+    class Without:
+        __slots__ = ("announcement",)
+
+    library, classes = fast_path.library, [Block, Cell, Claim, Discarder, Entries, Entry, Kept, Recipe]
+    try:
+        with pytest.raises(TypeError, match="the class has no slot announcement"):
+            library.set_up_classes(Dynamic, *classes)
+        with pytest.raises(AttributeError, match="is_elementwise"):
+            library.set_up_classes(Without, *classes)
+        with pytest.raises(TypeError, match="expected a class"):
+            library.set_up_classes(3, *classes)
+    finally:
+        library.set_up_classes(Announced, *classes)
+    with pytest.raises(TypeError, match="expected a Discarder"):
+        library.packer(3)
 
 
 CHANGES: dict[str, Callable[[Tensor], Any]] = {

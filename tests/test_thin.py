@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels.nn as ours
 from benchmarks.small import Small, blocks, own_calls
-from ckpt_kernels import backends, functional, recompute, thin, use_backend
+from ckpt_kernels import backends, functional, ops, recompute, thin, use_backend
 from ckpt_kernels.thin import direct, plan, plan_cache
 
 pytestmark = pytest.mark.skipif(not direct.is_available, reason="calls cannot be made directly here")
@@ -232,6 +232,7 @@ def test_gradients_of_every_kind() -> None:
     kinds = {
         "plain": lambda: grad,
         "expanded": lambda: grad[:1].expand(8, 64),
+        "of a sum": lambda: grad[:1, :1].expand(8, 64),
         "transposed": lambda: grad.t().contiguous().t(),
         "negated": lambda: torch.complex(torch.zeros(8, 64), -grad).conj().imag,
     }
@@ -352,6 +353,16 @@ def test_plans_respect_the_backend_of_the_thread_and_the_forward(counted: Counte
     assert counted.found == found + (names[0] != "reference")
 
 
+def test_a_sum_of_a_norm_needs_no_full_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> tuple:
+        raise AssertionError("the full path ran")
+
+    norm, x = layer()
+    norm(x)
+    monkeypatch.setattr(ops.row_norm.row_norm, "full_backward", fail)
+    norm(x).sum().backward()
+
+
 def test_autocast_changes_nothing_on_the_cpu() -> None:
     norm, x = layer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -361,7 +372,7 @@ def test_autocast_changes_nothing_on_the_cpu() -> None:
 def test_hooks_unpack_once() -> None:
     """torch's checkpoint allows one unpack a tensor, with a plan and on the full path."""
     norm, x = layer()
-    for grad in (torch.ones(8, 64), torch.ones(1, 1).expand(8, 64)):
+    for grad in (torch.ones(8, 64), torch.complex(torch.zeros(8, 64), -torch.ones(8, 64)).conj().imag):
         unpacked = []
 
         def unpack(tensor: Tensor, unpacked: list = unpacked) -> Tensor:

@@ -10,7 +10,6 @@ from torch import nn
 
 from ..levels import NONE
 from .adapters import is_adapter
-from .code.in_place_writes import in_place_writer
 from .code.memoization import forget_local_results
 from .late_modules import LATE_CLASSES, LateConversion, module_entries, set_late_conversion
 from .module_tree import modules_of, named_modules
@@ -83,7 +82,6 @@ class ContinuedConversion(LateConversion):
             new = [module for module in new if type(module) in LATE_CLASSES and is_unmodified_torch(module)]
             if model is not None and new:
                 with self._converter(model) as (converter, names):
-                    converter.writer = in_place_writer(model)
                     for module in new:
                         if module in names and self._level_of(names[module]) != NONE:
                             converter.convert(names[module], module)
@@ -108,7 +106,7 @@ class ContinuedConversion(LateConversion):
         """A converter of the model's modules, and their names."""
         names = {module: name for name, module in named_modules(model)}
         try:
-            yield LeafConverter(Selection(model, *self._choices), "", self._replaced, self._left_alone), names
+            yield LeafConverter(Selection(model, *self._choices), self._replaced, self._left_alone), names
         finally:
             forget_local_results()
 

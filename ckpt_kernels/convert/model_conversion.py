@@ -7,7 +7,6 @@ from torch import nn
 
 from .. import backends, offload
 from ..levels import level_of_blocks
-from .code.in_place_writes import in_place_writer
 from .forward_contexts import (
     ForwardContext,
     InTiles,
@@ -48,7 +47,7 @@ class ModelConversion(LeafConverter):
     """
 
     def __init__(self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice, tiles: int) -> None:
-        super().__init__(ConvertibleModules(model, include, exclude, levels), in_place_writer(model), [], [])
+        super().__init__(ConvertibleModules(model, include, exclude, levels), [], [])
         self.model = model
         self.levels = levels
         self.tiles = tiles

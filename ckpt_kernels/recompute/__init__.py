@@ -13,7 +13,7 @@ outer ones for every tensor that is not discarded.
 
 from .active import discarding, is_active, thread
 from .announcements import Announcement
-from .announcing import announce, announce_in_layer, note, record, watch
+from .announcing import announce, announce_in_layer, copied, note, record, watch
 from .contexts import DiscardOutputs, discard_outputs, selective_contexts
 from .layers import layer, run_as_layer, run_at
 
@@ -22,6 +22,7 @@ __all__ = [
     "DiscardOutputs",
     "announce",
     "announce_in_layer",
+    "copied",
     "discard_outputs",
     "discarding",
     "is_active",

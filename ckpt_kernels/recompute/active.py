@@ -12,18 +12,17 @@ if TYPE_CHECKING:
 
 
 class _Thread(threading.local):
-    """The contexts of a thread, the innermost last. Closed contexts may still be in the list.
-
-    `wants_identities` is set while `nodes.results_of_function` unpacks tensors only to learn which node made them:
-    unpacking then returns a placeholder and computes no value.
-    """
+    """The contexts of a thread, the innermost last. Closed contexts may still be in the list."""
 
     def __init__(self) -> None:
         self.active: list[Discarder] = []
-        self.wants_identities = False
 
 
 thread = _Thread()
+
+# The threads in which `nodes.results_of_function` unpacks tensors only to learn which node made them: unpacking then
+# returns a placeholder and computes no value. The list stays the same object.
+seekers: list[int] = []
 
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .cells import Cell, Kept
+from .cells import Cell
 from .recipes import Layout
 
 _HAS_PROCESSES = torch.distributed.is_available()
@@ -17,9 +17,6 @@ Announcement = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
 # A tensor that the announced op saves; the cell that the op's node holds for the tensor; whether the content of the
 # cell may be replaced later, together with the content of all other cells of that tensor.
 Packed = tuple[Tensor, Cell, bool]
-
-
-_NONE_ID = id(None)
 
 
 class Total(NamedTuple):
@@ -33,19 +30,16 @@ class Total(NamedTuple):
 class Announced:
     """An op whose forward pass has run, and whose output has not been recorded yet.
 
-    `saved` holds the tensors that the op's node has saved so far, by their identities. `kept` holds the contents of
-    cells among them that stay unchanged as long as the node lives. `kept` maps the identity of None to None, so that a
-    missing operand is looked up like any other.
+    `saved` holds the tensors that the op's node has saved so far, by their identities.
     """
 
-    __slots__ = ("announcement", "is_elementwise", "kept", "saved", "total")
+    __slots__ = ("announcement", "is_elementwise", "saved", "total")
 
     def __init__(self, announcement: Announcement | None, is_elementwise: bool, total: Total | None) -> None:
         self.announcement = announcement
         self.is_elementwise = is_elementwise
         self.total = total
         self.saved: dict[int, Packed] = {}
-        self.kept: dict[int, Kept | None] = {_NONE_ID: None}
 
 
 def share_memory_with(tensors: Sequence[Tensor | None], saved: Mapping[int, Packed]) -> bool:

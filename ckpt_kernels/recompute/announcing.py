@@ -22,6 +22,9 @@ def announce(
             again, if the context asks for that.
         total: a second result that the op saves, and how to recompute that result within a layer.
     """
+    library = fast_path.library
+    if library is not None and library.announce(announcement, elementwise, total):
+        return
     discarder = innermost()
     if discarder is None:
         return
@@ -54,13 +57,25 @@ def record(output: Tensor, recipe: Announcement | None = None) -> None:
     Without `recipe` the output is that of the announced op. With `recipe` the output is any tensor, and the recipe
     lives as long as the output.
     """
-    discarder = innermost() if recipe is None else discarding()
-    if discarder is None:
+    library = fast_path.library
+    if recipe is None and library is not None and library.record(output):
         return
-    if recipe is None:
-        fast_path.record(discarder, output)
-    else:
+    discarder = innermost() if recipe is None else discarding()
+    if discarder is not None:
         discarder.record(output, recipe)
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy, for a block that saves a tensor which the model may write to.
+
+    A context keeps no more for the copy than for the tensor.
+    """
+    copy = tensor.clone()
+    if not torch.compiler.is_compiling() and thread.active and type(copy) is Tensor and copy.grad_fn is not None:
+        discarder = discarding()
+        if discarder is not None:
+            discarder.record_copy(tensor, copy)
+    return copy
 
 
 def note(output: Any, *operands: Any) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from .. import backends
 from . import fast_path, provenance
-from .active import discarding, has_innermost_hooks, innermost, thread
+from .active import discarding, has_innermost_hooks, innermost, seekers, thread
+from .announcements import Announced
 from .cells import Cell, Kept, empty_of
 from .discarder import Discarder
-from .entries import Block, Entry
+from .entries import Block, Entries, Entry
 from .recipes import LONGEST_CHAIN, Claim, Recipe
 from .rules import ATTENTIONS, PASSING
 from .transforms import allow_transforms
@@ -96,14 +96,13 @@ class discard_outputs(contextlib.ContextDecorator):
         is_recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
         # Torch keeps the saved values of tensors that are written to, which a recipe refuses to read.
         allows_writes = torch.autograd.graph._allow_mutation_on_saved_tensors_enabled
-        if is_recorded or allows_writes or not hooks._saved_tensors_hooks_is_enabled():
+        # Within another active context the outer one stays active: outputs may pass between the two.
+        if is_recorded or allows_writes or not hooks._saved_tensors_hooks_is_enabled() or discarding() is not None:
             self._entered.append(None)
             return self
-        # Within another active context the outer one stays active: outputs may pass between the two.
-        hooked = None if discarding() is not None else _hooked(self._module, self._products, self._temporaries)
+        hooked = _hooked(self._module, self._products, self._temporaries)
         self._entered.append(hooked)
-        if hooked is not None:
-            next(hooked)
+        next(hooked)
         return self
 
     def __exit__(
@@ -125,7 +124,7 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
     discarder = Discarder(module, products, temporaries)
     hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
     try:
-        hooks._push_saved_tensors_default_hooks(fast_path.packing(discarder), _unpack)
+        hooks._push_saved_tensors_default_hooks(fast_path.packing(discarder), fast_path.unpacking(_unpack))
         thread.active.append(discarder)
         yield
     finally:
@@ -137,10 +136,16 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
 
 
 def use_library(thin: Any) -> None:
-    """Lets `thin`, the module `_thin`, pack and record in the usual cases."""
-    stops = ATTENTIONS | {provenance.LEAF}
-    thin.set_up_cells(Cell, Kept, Claim, torch.strided, LONGEST_CHAIN, PASSING, stops, BackwardCFunction)
-    thin.set_up_records(Recipe, Entry, Block, StorageWeakRef, backends.chosen, threading.RLock, empty_of)
+    """Lets `thin`, the module `_thin`, pack, record and unpack in the usual cases."""
+    hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
+    graph_task, storage = torch._C._current_graph_task_id, torch.UntypedStorage
+    thin.set_up_classes(Announced, Block, Cell, Claim, Discarder, Entries, Entry, Kept, Recipe)
+    thin.set_up_cells(torch.strided, LONGEST_CHAIN, PASSING, ATTENTIONS | {provenance.LEAF}, BackwardCFunction)
+    top_hooks = hooks._top_saved_tensors_default_hooks
+    thin.set_up_records(thread, top_hooks, backends.chosen, type(threading.RLock()), empty_of)
+    thin.set_up_storages(storage._expired, storage._free_weak_ref)
+    modes = torch.is_grad_enabled, torch.is_inference_mode_enabled
+    thin.set_up_unpacking(_unpack, seekers, graph_task, backends.chosen, *modes)
     fast_path.library = thin
 
 
@@ -149,7 +154,9 @@ def _unpack(packed: Cell) -> Tensor:
     if _is_traced():
         return _unpack_untraced(packed)
     # `nodes.results_of_function` asks only which node made the tensors, so computing values would be wasted.
-    return empty_of(torch.float32) if thread.wants_identities else packed.content.get()
+    if seekers and threading.get_ident() in seekers:
+        return empty_of(torch.float32)
+    return packed.content.get()
 
 
 @torch._disable_dynamo

@@ -5,53 +5,29 @@ tensor or a recipe. The recipe comes from the block that made the tensor, or fro
 (see `provenance`).
 """
 
-import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .active import has_innermost_hooks, top_hooks
-from .announcements import Announced, Announcement, Packed, Total, copied_if_sharded, may_be_sharded, share_memory_with
-from .biases import Biases
+from .active import has_innermost_hooks
+from .announcements import Announced, Announcement, Packed, Total, copied_if_sharded, share_memory_with
 from .cells import Cell, Kept, Operand, OuterPacked, Unwritten, is_plain, version_watch
-from .entries import Block, Entries, Entry, watch_of
-from .layer_boundaries import LayerBoundaries
-from .nodes import next_number
+from .entries import Block, Entry, watch_of
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Layout, Recipe, Step, geometry_of, layout_of, recipe_of_step
-from .rules import BY_RESULT, RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
+from .rules import BY_RESULT, RULES, RULES_AND_PRODUCTS
 from .shared_results import register_keeper, replace_result
-from .small_operands import COPIED, SmallOperands, fills_memory
-from .stacked_weights import StackedWeights
+from .small_operands import COPIED, fills_memory
+from .state import State
 
 
-class Discarder:
-    """The state of one active context."""
+class Discarder(State):
+    """One active context."""
 
-    def __init__(self, module: nn.Module | None, products: bool, temporaries: bool) -> None:
-        self._products = products
-        self._temporaries = temporaries
-        self.all_entries = Entries()
-        self.biases, self.stacked = Biases(module), StackedWeights(module)
-        self.may_be_sharded = may_be_sharded()
-        self.outer, self.first_node = top_hooks(), next_number()
-        self.is_closed = False
-        # The op whose forward pass has run, and whose output `record` has not been given yet.
-        self.announced: Announced | None = None
-        # Whether a tensor is being packed for a recipe, and so does not count as saved by the announced op.
-        self.is_apart = False
-        # Within a layer matrix products run again, whatever reads them.
-        self.is_in_layer = False
-        # Whether only outputs recorded earlier are discarded.
-        self.is_paused = False
-        self._boundaries = LayerBoundaries()
-        self.small_operands = SmallOperands()
-        # csrc/thin (cells.cpp, records.cpp) reads the public attributes. `held` and `entries` stay the same two dicts.
-        self.held, self.entries = self._boundaries.held, self.all_entries.by_storage
-        self.rules = RULES_AND_PRODUCTS if products else RULES
+    __slots__ = ()
 
     def hold(self, tensor: Tensor) -> None:
         """Keeps a tensor at a layer's boundary, where recipes end, unless the tensor's recipe has one step."""
@@ -63,7 +39,23 @@ class Discarder:
 
     def held_at(self, node: Any, output: int) -> Operand | None:
         """The boundary tensor that a node made as this output, as an operand."""
-        return None if (tensor := self._boundaries.made_by(node, output)) is None else self._packed(tensor)
+        held = self._boundaries.made_by(node, output)
+        return self.share(held) if isinstance(held, Cell) else None if held is None else self._packed(held)
+
+    def record_copy(self, tensor: Tensor, copy: Tensor) -> None:
+        """Gives readers that save a copy of a tensor the tensor's recipe, if there is one.
+
+        The copy of a tensor at a layer's boundary is kept, and recipes read the copy in place of the tensor.
+        """
+        held = self._boundaries.of(tensor)
+        if held is not None:
+            self._boundaries.add(copy, held)
+        elif tensor._base is None and layout_of(copy) == layout_of(tensor):
+            was_apart, self.is_apart = self.is_apart, True
+            recipe = self._recipe_for(tensor)
+            self.is_apart = was_apart
+            if isinstance(recipe, Recipe) and recipe.depth <= LONGEST_CHAIN:
+                self.all_entries.add(Entry(copy, lambda: recipe))
 
     def record(self, output: Tensor, recipe: Announcement | None = None) -> None:
         """Records the output of the announced op; with `recipe`, another output, as long as that output lives."""
@@ -77,19 +69,17 @@ class Discarder:
         announced, self.announced = self.announced, None
         if announced is None or announced.announcement is None or not fits:
             return
-        rebuild, tensors = announced.announcement
-        saved, kept = announced.saved, announced.kept
-        try:
-            operands = list(map(kept.__getitem__, map(id, tensors)))
-            new_recipe, reads_saved_only, extra_bytes = Recipe(rebuild, operands, 1, layout), True, 0
-        except KeyError:
-            new_recipe = self._recipe(announced.announcement, saved, layout)
-            reads_saved_only = share_memory_with(tensors, saved)
-            extra_bytes = self._extra_bytes(new_recipe, tensors, saved)
+        (_, tensors), saved = announced.announcement, announced.saved
+        new_recipe = self._recipe(announced.announcement, saved, layout)
+        reads_saved_only = share_memory_with(tensors, saved)
+        extra_bytes = self._extra_bytes(new_recipe, tensors, saved)
+        node: Any = output.grad_fn
         if extra_bytes >= output.nbytes:
+            if not share_memory_with((output,), saved):
+                # A mark for csrc/thin/graph.cpp: there is neither a recipe nor a cell of the output.
+                node.recomputed_block = None
             return
         entry = Entry(output, weakref.ref(new_recipe))
-        node: Any = output.grad_fn
         node.recomputed_block = Block(self, entry, version_watch(output))
         # A recipe that reads only saved tensors lives as long as the node that saves them. So the recipe still exists
         # when a trace of another tensor's graph reaches this node after the output is gone.
@@ -130,48 +120,16 @@ class Discarder:
             return Unwritten(cell.content, cell.watch, cell.version)
         return cell
 
-    @contextlib.contextmanager
-    def at(self, level: str) -> Iterator[None]:
-        """Discards outputs at another level of `convert` within the context, whatever the level around.
-
-        At "block", outputs made within are kept.
-        """
-        before = self.is_paused, self._products, self.is_in_layer, self.rules
-        self.is_paused, self._products = level == "block", level in ("all", "layer")
-        self.is_in_layer = level == "layer"
-        self.rules = RULES_IN_LAYERS if self.is_in_layer else RULES_AND_PRODUCTS if self._products else RULES
-        try:
-            yield
-        finally:
-            self.is_paused, self._products, self.is_in_layer, self.rules = before
-
-    @property
-    def level(self) -> str:
-        """The current level, as in `convert`."""
-        if self.is_paused:
-            return "block"
-        return "layer" if self.is_in_layer else "all" if self._products else "output"
-
-    def close(self) -> None:
-        """Closes the context: recipes live only through their claims, and tensors saved from now on are kept."""
-        self.is_closed = True
-        # Nodes refer to this context longer than they keep tensors, and the outer hooks may hold tensors.
-        self.outer = None
-        self.all_entries.clear()
-        self._boundaries.clear()
-        self.small_operands.clear()
-        self.announced = None
-
     def pack(self, tensor: Tensor) -> Cell:
         """The hook that packs a saved tensor."""
         # If another thread closed the context, this call is the first that can remove these hooks.
         if self.is_closed and has_innermost_hooks(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
-        if self.held and is_plain(tensor):
-            held = self._boundaries.of(tensor)
-            if held is not None:
-                held.is_saved = True
-        return self._packed(tensor)
+        held = self._boundaries.of(tensor) if self.held and is_plain(tensor) else None
+        cell = self._packed(tensor)
+        if held is not None:
+            held.saved(cell)
+        return cell
 
     def _packed(self, tensor: Tensor) -> Cell:
         node, announced = tensor.grad_fn, self.announced
@@ -183,8 +141,6 @@ class Discarder:
             cell, is_replaceable = self._traced_or_kept(tensor, node)
         if announced is not None and not self.is_apart and tensor.layout is torch.strided:
             announced.saved[id(tensor)] = tensor, cell, is_replaceable
-            if type(cell.content) is Kept and not is_replaceable and not self.may_be_sharded:
-                announced.kept[id(tensor)] = cell.content
         return cell
 
     def _traced_or_kept(self, tensor: Tensor, node: Any) -> tuple[Cell, bool]:

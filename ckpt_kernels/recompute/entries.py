@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from . import fast_path
 from .cells import version_watch
 from .recipes import Recipe
 
@@ -23,7 +23,7 @@ class Entry:
     __slots__ = ("dtype", "output", "recipe", "storage", "version")
 
     def __init__(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> None:
-        self.storage = StorageWeakRef(output.untyped_storage())
+        self.storage = fast_path.storage_reference(output)
         self.output: weakref.ref[Tensor] = weakref.ref(output)
         self.dtype: torch.dtype = output.dtype
         self.version: int = output._version
@@ -48,9 +48,11 @@ class Block:
 class Entries:
     """All entries, by the address of the storage. Entries whose storage is gone are removed now and then."""
 
+    __slots__ = ("by_storage", "sweep_size")
+
     def __init__(self) -> None:
         self.by_storage: dict[int, Entry] = {}
-        self._sweep_size = 64
+        self.sweep_size = 64
 
     def __len__(self) -> int:
         return len(self.by_storage)
@@ -62,12 +64,12 @@ class Entries:
 
     def add(self, entry: Entry) -> None:
         entries = self.by_storage
-        if len(entries) >= self._sweep_size:
+        if len(entries) >= self.sweep_size:
             for key in [key for key, entry in entries.items() if entry.storage.expired()]:
                 del entries[key]
             # The number of entries doubles between two sweeps, so that the total time is linear in the number of
             # entries.
-            self._sweep_size = max(64, 2 * len(entries))
+            self.sweep_size = max(64, 2 * len(entries))
         entries[entry.storage.cdata] = entry
 
     def clear(self) -> None:

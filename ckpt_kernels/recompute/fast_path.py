@@ -1,21 +1,24 @@
-"""Calls the module `_thin` to pack and record in C (`csrc/thin/cells.cpp`, `csrc/thin/records.cpp`), if that was built.
+"""Calls the module `_thin` to pack, record and unpack in C (`csrc/thin`), if that was built.
 
-In the usual cases C creates the same objects of the same classes as the Python code: cells of tensors that are
-certainly kept, cells of blocks' outputs and of their views, and recipes that read only tensors that a block's node
-keeps. In all other cases, and for every error, the Python code runs.
+In the usual cases C (cells.cpp, records.cpp) creates the same objects of the same classes as the Python code: cells of
+tensors that are certainly kept, cells of blocks' outputs and of their views, and recipes that read only tensors that a
+block's node keeps. C (unpacking.cpp) unpacks kept tensors, and runs such recipes for their only reader. In all other
+cases, and for every error, the Python code runs.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .cells import Cell
 
 if TYPE_CHECKING:
     from .discarder import Discarder
 
-# The module `_thin`, None without the library: see `contexts.use_library`.
+# The module `_thin`, None without the library: see `contexts.use_library`. Its functions `announce(announcement,
+# elementwise, total)` and `record(output)` return False, with nothing done, where Python must do that.
 library: Any = None
 
 
@@ -24,10 +27,14 @@ def packing(discarder: "Discarder") -> Callable[[Tensor], Cell]:
     return discarder.pack if library is None else library.packer(discarder)
 
 
-def record(discarder: "Discarder", output: Tensor) -> None:
-    """Records the output of the announced op."""
-    if library is None or not library.record(discarder, output):
-        discarder.record(output)
+def unpacking(unpack: Callable[[Cell], Tensor]) -> Callable[[Cell], Tensor]:
+    """The hook that unpacks saved tensors; `unpack` is that in Python."""
+    return unpack if library is None else library.unpack
+
+
+def storage_reference(tensor: Tensor) -> Any:
+    """A weak reference to the storage of a tensor. While it exists, no other storage gets the address `cdata`."""
+    return StorageWeakRef(tensor.untyped_storage()) if library is None else library.storage_reference(tensor)
 
 
 def biases(module: nn.Module) -> "dict[int, tuple[nn.Parameter, int, int]] | None":

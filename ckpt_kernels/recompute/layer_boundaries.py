@@ -7,19 +7,30 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .cells import Cell
+
 
 class Boundary:
     """A tensor at the boundary of a layer: kept if a node saves the tensor, and never replaced by a recipe.
 
     A recipe reads such a tensor only if a node saves the tensor too (`is_saved`), because torch would then also refuse
-    an in-place write.
+    an in-place write; or the copy that a node saves (`copy`), which nobody else can write to. Of such a copy,
+    `original` is the tensor at the boundary.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, original: "Boundary | None" = None) -> None:
         self.storage = StorageWeakRef(tensor.untyped_storage())
         self.tensor = weakref.ref(tensor)
         self.version = tensor._version
         self.is_saved = False
+        self.original = original
+        self.copy: Cell | None = None
+
+    def saved(self, cell: Cell) -> None:
+        """Records that a node saves the tensor, in this cell."""
+        self.is_saved = True
+        if self.original is not None:
+            self.original.copy = cell
 
 
 class LayerBoundaries:
@@ -29,10 +40,10 @@ class LayerBoundaries:
         # Keyed by the address of the storage.
         self.held: dict[int, Boundary] = {}
 
-    def add(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor, original: Boundary | None = None) -> None:
         for key in [key for key, held in self.held.items() if held.storage.expired()]:
             del self.held[key]
-        held = Boundary(tensor)
+        held = Boundary(tensor, original)
         self.held[held.storage.cdata] = held
 
     def of(self, tensor: Tensor) -> Boundary | None:
@@ -42,16 +53,16 @@ class LayerBoundaries:
             return None
         return held
 
-    def made_by(self, node: Any, output: int) -> Tensor | None:
+    def made_by(self, node: Any, output: int) -> Tensor | Cell | None:
         """The boundary tensor that is this output of a node, if a node saves the tensor and there was no in-place write
-        since."""
+        since; else the cell of a saved copy."""
         for held in self.held.values():
             tensor = held.tensor()
             if tensor is None or tensor.output_nr != output or not tensor.requires_grad:
                 continue
             # Of a leaf that a checkpoint has unpacked the node knows another tensor, so that the nodes are compared.
             if get_gradient_edge(tensor).node is node:
-                return tensor if held.is_saved and tensor._version == held.version else None
+                return tensor if held.is_saved and tensor._version == held.version else held.copy
         return None
 
     def clear(self) -> None:

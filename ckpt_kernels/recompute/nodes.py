@@ -1,5 +1,6 @@
 """Reads the content that an autograd node holds for each saved tensor, and writes notes to nodes."""
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import is_autocast
-from .active import thread
+from .active import seekers
 from .cells import Absent, Cell, version_watch
 from .recipes import Geometry, Layout
 from .rules import Rule
@@ -75,11 +76,11 @@ def results_of_function(node: Any) -> dict[int, Cell]:
         cells = [saved.data for saved in node._raw_saved_tensors]
         if not all(cell is None or isinstance(cell, Cell) for cell in cells):
             return {}
-        thread.wants_identities = True
+        seekers.append(threading.get_ident())
         try:
             tensors = node.saved_tensors
         finally:
-            thread.wants_identities = False
+            seekers.remove(threading.get_ident())
     except (AttributeError, RuntimeError):
         # This torch does not show saved tensors, or the graph's tensors are freed.
         return {}

@@ -102,14 +102,15 @@ class Recipe:
         remade = Remade(value, graph_task)
         self.made = weakref.ref(remade)
         waiting = [c for c in self._live_claims() if c is not claim and c.served != graph_task]
-        if waiting and _at_end_of_backward(weakref.WeakMethod(self._release)):
+        if waiting and _released_after_backward(weakref.ref(self)):
             for other in waiting:
                 other.made = remade
 
     def _live_claims(self) -> list["Claim"]:
         return [claim for reference in list(self.claims) if (claim := reference()) is not None]
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Drops the tensor that is kept for claims which did not ask for it."""
         for claim in self._live_claims():
             claim.made = None
 
@@ -209,16 +210,16 @@ def _stream(value: Tensor) -> Any:
     return torch.cuda.current_stream(value.device) if value.is_cuda else None
 
 
-def _at_end_of_backward(method: weakref.WeakMethod) -> bool:
-    """Calls the method when the running backward pass ends. Returns False if none is running."""
+def _released_after_backward(reference: "weakref.ref[Recipe]") -> bool:
+    """Releases the recipe's tensor when the running backward pass ends. Returns False if none is running."""
 
-    def call() -> None:
-        bound = method()
-        if bound is not None:
-            bound()
+    def release() -> None:
+        recipe = reference()
+        if recipe is not None:
+            recipe.release()
 
     try:
-        torch.autograd.Variable._execution_engine.queue_callback(call)
+        torch.autograd.Variable._execution_engine.queue_callback(release)
     except RuntimeError:
         return False
     return True

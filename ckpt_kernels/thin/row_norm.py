@@ -1,5 +1,6 @@
 """Plans of the row norms."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,7 +93,10 @@ class RowNorm(Plan):
         operands = (grad_output, grad_residual_out, input, gate, factor, offset, seed, mean, rstd)
         gradients = (grad_input, grad_residual, grad_gate, grad_factor, grad_offset)
         if not _backward(*operands, *gradients, None, *self._native):
-            return None
+            # The full path copies such gradients too.
+            grads = grad_output, grad_residual_out
+            copied = [_with_adjacent_columns(grad) for grad in grads]
+            return None if all(map(operator.is_, copied, grads)) else self.backward(ctx, saved, *copied)
         total = grad_input if grad_residual is None else grad_residual
         affine = (None, None, grad_factor, grad_offset) if scale is None else (grad_factor, grad_offset, None, None)
         return (
@@ -113,6 +117,11 @@ class RowNorm(Plan):
         if is_plain(*tensors) and _forward(*operands, *self._native_forward, True):
             return output
         return ops.row_norm.rebuilt(tensors, self.options)
+
+
+def _with_adjacent_columns(grad: Tensor | None) -> Tensor | None:
+    """The gradient, copied if the elements of a row are not adjacent, as in the expanded gradient of a sum."""
+    return grad if grad is None or grad.stride(-1) == 1 else grad.contiguous()
 
 
 def row_norm(

@@ -1,13 +1,13 @@
 #include "biases.h"
 
-#include "owned.h"
+#include "members.h"
 #include "questions.h"
 
 namespace ckpt {
 
 namespace {
 
-PyObject *of_data_ptr, *of_modules, *of_parameters, *of_tensor_version;
+PyObject *of_data_ptr, *of_modules, *of_parameters;
 
 // Adds (parameter, version, address) under the parameter's identity if the parameter is a bias; `no` if Python must
 // decide.
@@ -16,7 +16,7 @@ Answer add_if_bias(PyObject* parameter, PyObject* versions) {
   if (!is_parameter_type(Py_TYPE(parameter))) return no;
   const Answer answer = describe(parameter, &described);
   if (answer != yes || described.dim >= 2) return answer;
-  const Owned version = attribute(parameter, of_tensor_version);
+  const Owned version = tensor_members.version.of(parameter);
   const Owned address = version ? called(parameter, of_data_ptr) : Owned();
   if (!address) return failed;
   const Owned identity(PyLong_FromVoidPtr(parameter));
@@ -83,10 +83,7 @@ PyMethodDef methods[] = {
 }  // namespace
 
 bool add_biases(PyObject* module) {
-  return prepare_names({{&of_data_ptr, "data_ptr"},
-                        {&of_modules, "_modules"},
-                        {&of_parameters, "_parameters"},
-                        {&of_tensor_version, "_version"}}) &&
+  return prepare_names({{&of_data_ptr, "data_ptr"}, {&of_modules, "_modules"}, {&of_parameters, "_parameters"}}) &&
          PyModule_AddFunctions(module, methods) == 0;
 }
 

@@ -5,6 +5,9 @@
 
 namespace ckpt {
 
+// Whether the discarder would certainly keep the tensor; false, perhaps with an error, if that is unclear.
+bool is_surely_kept(PyObject* discarder, PyObject* tensor);
+
 // Adds the functions to `_thin`; false after an error.
 bool add_cells(PyObject* module);
 

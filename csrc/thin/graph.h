@@ -7,8 +7,9 @@
 namespace ckpt {
 
 // Whether there is certainly no recipe for the unwritten output of a node: a node behind it, of which all operands
-// would be needed, is in none of the `rules`, and is no block's. `name` is the name of the given node.
-Answer has_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules);
+// would be needed, is in none of the `rules`, and is no block's of the discarder, or is needed for an output of a block
+// that has no recipe. `name` is the name of the given node.
+Answer has_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules, PyObject* discarder);
 
 // Nodes named in `passing` save no operand, so all their edges are needed. At nodes named in `stops` a tensor may be
 // kept. Nodes of type `python_node` belong to functions in Python.

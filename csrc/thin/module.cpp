@@ -1,15 +1,19 @@
 // The Python module `_thin`: calls the CPU ops of `_C` on torch's tensors without torch's dispatcher (direct_calls.h),
-// checks small calls and converted models at each call (guards, questions, sites), and packs and records tensors for
-// discarded outputs (cells, graph, records, biases). Limited API of Python 3.10, and no C++ API of torch; tensors.h
-// reads tensors.
+// checks small calls and converted models at each call (guards, questions, sites), and packs, records and unpacks
+// tensors for discarded outputs (cells, graph, records, unpacking, storages, biases; classes and slots). Limited API of
+// Python 3.10, and no C++ API of torch; tensors.h and members.h read tensors.
 #include "tensors.h"
 
 #include <string.h>
 
 #include "biases.h"
 #include "cells.h"
+#include "classes.h"
 #include "guards.h"
+#include "members.h"
 #include "records.h"
+#include "storages.h"
+#include "unpacking.h"
 
 using namespace ckpt;
 
@@ -191,6 +195,7 @@ PyObject* set_up(PyObject*, PyObject* arguments) {
     return PyErr_Format(PyExc_RuntimeError, "torch exchanges tensors by another version of DLPack; expected 1.x");
   if (!PyType_Check(tensor) || !PyType_Check(parameter) || !PyType_Check(size) || !PyTuple_Check(watching))
     return PyErr_Format(PyExc_TypeError, "expected (api, type, type, type, function, function, tuple of functions)");
+  if (!tensor_members.find(reinterpret_cast<PyTypeObject*>(tensor))) return nullptr;
   read_tensors_by(found, reinterpret_cast<PyTypeObject*>(tensor), reinterpret_cast<PyTypeObject*>(parameter), negative,
                   offset);
   Py_INCREF(size);
@@ -237,11 +242,16 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           nullptr,
                           nullptr};
 
+bool add_all(PyObject* module) {
+  return add_guards(module) && add_classes(module) && add_cells(module) && add_records(module) &&
+         add_storages(module) && add_unpacking(module) && add_biases(module);
+}
+
 }  // namespace
 
 PyMODINIT_FUNC PyInit__thin() {
   PyObject* module = PyModule_Create(&definition);
-  if (module && !(add_guards(module) && add_cells(module) && add_records(module) && add_biases(module))) {
+  if (module && !add_all(module)) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -15,14 +15,6 @@ Owned called(PyObject* object, PyObject* method) {
 
 Owned called(const Owned& function) { return Owned(function ? PyObject_CallNoArgs(function.get()) : nullptr); }
 
-Owned made(PyTypeObject* type, std::initializer_list<std::pair<PyObject*, PyObject*>> values) {
-  Owned object(PyType_GenericAlloc(type, 0));
-  for (const auto& [name, value] : values) {
-    if (!object || PyObject_SetAttr(object.get(), name, value) != 0) return Owned();
-  }
-  return object;
-}
-
 bool prepare_names(std::initializer_list<std::pair<PyObject**, const char*>> names) {
   for (const auto& [place, text] : names) {
     if (!(*place = PyUnicode_InternFromString(text))) return false;

@@ -44,8 +44,8 @@ inline Owned attribute(const Owned& object, PyObject* name) { return attribute(o
 Owned called(PyObject* object, PyObject* method);
 Owned called(const Owned& function);
 
-// An object of a Python class with slots, created without __init__, with these attributes; null after an error.
-Owned made(PyTypeObject* type, std::initializer_list<std::pair<PyObject*, PyObject*>> values);
+// Whether two values, such as versions, are equal; false after an error.
+inline bool are_equal(PyObject* a, PyObject* b) { return a == b || PyObject_RichCompareBool(a, b, Py_EQ) == 1; }
 
 // Interns the names; false after an error.
 bool prepare_names(std::initializer_list<std::pair<PyObject**, const char*>> names);

@@ -243,11 +243,18 @@ PYTHON = (
         "tests/test_linear_loss.py -k no_row_counts",
     ),
     Mutant(
-        "what a module holds is not looked at for writes",
-        "ckpt_kernels/convert/code/in_place_writes.py",
-        "_writer_of(type(module)) «or _writer_held(vars(module))»",
-        "",
-        "tests/test_convert_in_place_writes.py -k holds_may_write",
+        "a norm saves an input of which eager torch saves a wider copy",
+        "ckpt_kernels/convert/rules/norms.py",
+        "return torch.is_grad_enabled() and is_saved «and not is_kept»",
+        "and False",
+        "tests/test_convert_in_place_writes.py -k may_be_written",
+    ),
+    Mutant(
+        "recipes read a layer's input itself where a norm saves a copy",
+        "ckpt_kernels/recompute/layer_boundaries.py",
+        "held.is_saved and tensor._version == held.version else «held.copy»",
+        "None",
+        "tests/test_layer_converted.py -k sixteen_bits",
     ),
     Mutant(
         "a shallow copy of a converted model takes its late conversion",

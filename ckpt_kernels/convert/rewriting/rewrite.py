@@ -18,11 +18,11 @@ from ...levels import level_of_blocks
 from ...recompute import watch
 from ..code.code_objects import has_type
 from ..code.frames import PREFIX
-from ..code.in_place_writes import written_names
 from ..code.scope import Scope
 from ..code.source import Definition, NoSource, decorator_chain, definition_of, rebuilt, redecorated
 from ..code.straight_line import OPAQUE, Block, blocks
 from ..code.syntax_trees import at, replaced, with_changed_children
+from ..code.written_names import written_names
 from ..rules.function_trials import activation_function
 from . import fused_patterns
 from .callable_objects import replacing_call

@@ -1,7 +1,5 @@
 """Converts single norms, activations, dropouts and gates, recognised by what they compute."""
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -20,15 +18,11 @@ class LeafConverter:
 
     Args:
         selection: the modules that may be changed.
-        writer: the name of a method of the model that may write in place to the input of a norm; "" for none.
         replaced, left_alone: the report's lists, which are appended to.
     """
 
-    def __init__(
-        self, selection: Selection, writer: str, replaced: list[Replaced], left_alone: list[LeftAlone]
-    ) -> None:
+    def __init__(self, selection: Selection, replaced: list[Replaced], left_alone: list[LeftAlone]) -> None:
         self.selection = selection
-        self.writer = writer
         self.replaced = replaced
         self.left_alone = left_alone
         self.rules: dict[nn.Module, Rule] = {}
@@ -39,8 +33,6 @@ class LeafConverter:
             return
         rule: Rule | None
         rule, reason = norm_of(module)
-        if isinstance(rule, RowNorm) and self.writer:
-            rule = replace(rule, copied=True)
         if rule is None and not reason:
             rule, reason = pointwise_of(module)
         if rule is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional as F
+from ... import recompute
 from ..code.reachability import is_unchanged
 from ..code.settings import Settings
 from ..code.snapshots import CodeSnapshot
@@ -63,8 +64,6 @@ class RowNorm(Norm):
         channels_first: whether the norm is over the channels of (N, C, *space).
         settings, code: for a norm that was tried, the settings and the code at the trial.
         cases: for a norm that was tried, the dtypes for which the fused norm computes the same; None for all.
-        copied: whether to save a copy of an input that eager torch does not save, because the model may write to the
-            input later.
         contiguous: for a norm over channels, whether the output of a contiguous input is contiguous.
         dimensions: for a norm over channels, the number of dimensions of the inputs that were tried.
         shapes: for a norm that was tried, names and shapes of the parameters.
@@ -81,7 +80,6 @@ class RowNorm(Norm):
     settings: Settings = ()
     code: CodeSnapshot | None = None
     cases: tuple[Case, ...] | None = None
-    copied: bool = False
     contiguous: bool = False
     dimensions: int = 0
     shapes: tuple[tuple[str, torch.Size], ...] = ()
@@ -146,14 +144,12 @@ class RowNorm(Norm):
     def _must_copy(self, input: Tensor, weight: Tensor | None, case: Case) -> bool:
         """Whether the fused norm must save a copy of the input.
 
-        This is so where eager torch does not save the input itself, and the input may be written to later or is a view
-        of a larger storage, which would then stay alive.
+        This is so where eager torch saves a wider copy, or nothing: the model may write to the input later, and a
+        storage that the input is a view of must not stay alive.
         """
-        if not torch.is_grad_enabled() or (case.keeps_input if input.requires_grad else case.keeps_data):
-            return False
-        if not input.requires_grad:
-            return weight is not None and weight.requires_grad
-        return self.copied or input.untyped_storage().nbytes() > input.numel() * input.itemsize
+        is_kept = case.keeps_input if input.requires_grad else case.keeps_data
+        is_saved = input.requires_grad or (weight is not None and weight.requires_grad)
+        return torch.is_grad_enabled() and is_saved and not is_kept
 
     def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
         weight, bias = self._coefficients(module)
@@ -163,7 +159,7 @@ class RowNorm(Norm):
         if case.output != input.dtype:
             input = input.to(case.output)
         elif self._must_copy(input, weight, case):
-            input = input.clone()
+            input = recompute.copied(input)
         if not self.channels_first:
             # For maps in channels_last, torch's own RMSNorm returns channels_last, which the fused norm does not.
             if self.cases is None and not self.centered and not input.is_contiguous() and is_dense_map(input):

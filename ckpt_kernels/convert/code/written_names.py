@@ -1,0 +1,127 @@
+"""The names of the tensors that a function may write to in place, by the function's syntax tree.
+
+Item assignments, augmented assignments, in-place methods, and arguments such as `out=` and `inplace=True` count as
+writes. Items of a list or dict that the function has made are no tensors.
+"""
+
+import ast
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from .call_graph import belongs_to_torch
+from .code_objects import has_type
+from .scope import Scope
+
+_ON_FLOATS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)
+_DISPLAYS = (ast.List, ast.Dict, ast.Tuple, ast.ListComp, ast.DictComp)
+
+# Python's in-place operators, as functions and as methods.
+_IN_PLACE = frozenset("iadd ifloordiv imatmul imod imul ipow isub itruediv setitem".split())
+# Functions that take the name of an attribute as an argument.
+_BY_NAME = frozenset(("getattr", "attrgetter", "methodcaller"))
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+
+
+def written_names(function: ast.FunctionDef, scope: Scope) -> Iterator[str]:
+    """The names of the tensors that a function may write to; "" for a tensor without a name."""
+    containers = _containers(function)
+    for node in ast.walk(function):
+        if isinstance(node, ast.AugAssign):
+            # `+=` may extend a list or a string.
+            grows = isinstance(node.value, ast.Tuple | ast.List | ast.JoinedStr) or _name(node.target) in containers
+            if isinstance(node.op, _ON_FLOATS) and not grows:
+                yield _root(node.target)
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            # String keys are those of dicts. Targets of augmented assignments are reported above as well.
+            is_key = isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)
+            if not is_key and _name(node.value) not in containers:
+                yield _root(node)
+        elif isinstance(node, ast.Attribute) and _is_in_place(node.attr):
+            yield _root(node)
+        elif isinstance(node, ast.Call):
+            yield from _written_by_call(node, scope)
+
+
+def _written_by_call(call: ast.Call, scope: Scope) -> Iterator[str]:
+    called = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    first = _root(call.args[0]) if call.args else ""
+    if called in _BY_NAME:
+        names = call.args[called == "getattr" :]
+        # A module may compute the names of its own attributes.
+        is_allowed = all(isinstance(n, ast.Constant) for n in names[:1]) or first == "self"
+        if not is_allowed or any(isinstance(n, ast.Constant) and _is_in_place(str(n.value)) for n in names):
+            yield first if called == "getattr" else ""
+        return
+    value = scope.value(call.func)
+    # An import may rename the function.
+    if any(map(_is_in_place, (called, getattr(value, "__name__", "") if has_type(value, _FUNCTIONS) else ""))):
+        yield first
+    # The flag `inplace` by position, such as F.relu(x, True), is never the first argument.
+    if any(isinstance(a, ast.Constant) and a.value is True for a in call.args[1:]) or _may_write(call, value):
+        yield first
+    for keyword in call.keywords:
+        if keyword.arg == "out":
+            yield _root(keyword.value)
+        elif keyword.arg == "inplace" and getattr(keyword.value, "value", True):
+            yield first
+
+
+def _may_write(call: ast.Call, function: Any) -> bool:
+    """Whether positional arguments, or those in a `**dict`, may be `inplace` or `out` of a torch function."""
+    has_dict = any(keyword.arg is None for keyword in call.keywords)
+    if has_type(function, types.BuiltinFunctionType):
+        return has_dict
+    if not has_type(function, types.FunctionType) or not belongs_to_torch(function):
+        return False
+    parameters = list(inspect.signature(function).parameters)
+    if "inplace" not in parameters:
+        return False
+    position = parameters.index("inplace")
+    flags = [a for a in call.args[position : position + 1] if not (isinstance(a, ast.Constant) and a.value is False)]
+    return has_dict or bool(flags) or any(isinstance(a, ast.Starred) for a in call.args)
+
+
+def _is_in_place(name: str) -> bool:
+    """Whether a method or function of this name writes in place, by torch's and Python's conventions."""
+    plain = name.removeprefix("__").removesuffix("__")
+    return (name.endswith("_") and not name.endswith("__")) or plain in _IN_PLACE
+
+
+def _name(tree: ast.expr) -> str:
+    return tree.id if isinstance(tree, ast.Name) else ""
+
+
+def _root(tree: ast.AST) -> str:
+    """The name that a chain of attributes, subscripts and calls begins with, or ""."""
+    while isinstance(tree, ast.Attribute | ast.Subscript | ast.Call):
+        tree = tree.func if isinstance(tree, ast.Call) else tree.value
+    return tree.id if isinstance(tree, ast.Name) else ""
+
+
+def _values(function: ast.FunctionDef) -> dict[str, list[ast.expr | None]]:
+    """The expressions that each local name is assigned; None for unknown values, as of arguments and in loops."""
+    values: dict[str, list[ast.expr | None]] = {}
+    assigned: dict[int, ast.expr] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            assigned.update((id(target), node.value) for target in node.targets)
+        elif isinstance(node, ast.AnnAssign | ast.AugAssign) and node.value is not None:
+            assigned[id(node.target)] = node.value
+        elif isinstance(node, ast.arg):
+            values.setdefault(node.arg, []).append(None)
+    # An annotation without a value binds nothing.
+    bare = {id(n.target) for n in ast.walk(function) if isinstance(n, ast.AnnAssign) and n.value is None}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load) and id(node) not in bare:
+            values.setdefault(node.id, []).append(assigned.get(id(node)))
+    return values
+
+
+def _containers(function: ast.FunctionDef) -> set[str]:
+    """Names that are only ever bound to lists, tuples and dicts that the function makes.
+
+    The items may be anything, but setting an item writes to no tensor.
+    """
+    return {name for name, values in _values(function).items() if all(isinstance(v, _DISPLAYS) for v in values)}

@@ -1,0 +1,101 @@
+"""The options and tables of one context, from which a `Discarder` decides what is kept."""
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from .active import top_hooks
+from .announcements import Announced, may_be_sharded
+from .biases import Biases
+from .entries import Entries
+from .layer_boundaries import LayerBoundaries
+from .nodes import next_number
+from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
+from .small_operands import SmallOperands
+from .stacked_weights import StackedWeights
+
+# The same for every context without a module.
+_ANY_BIAS, _NO_STACKED_WEIGHTS = Biases(None), StackedWeights(None)
+
+
+class State:
+    """The state of one active context."""
+
+    # csrc/thin (cells.cpp, records.cpp) reads the public slots.
+    __slots__ = (
+        "__weakref__",
+        "_boundaries",
+        "_products",
+        "_temporaries",
+        "all_entries",
+        "announced",
+        "biases",
+        "first_node",
+        "held",
+        "is_apart",
+        "is_closed",
+        "is_in_layer",
+        "is_paused",
+        "may_be_sharded",
+        "outer",
+        "rules",
+        "small_operands",
+        "stacked",
+    )
+
+    def __init__(self, module: nn.Module | None, products: bool, temporaries: bool) -> None:
+        self._products = products
+        self._temporaries = temporaries
+        self.all_entries = Entries()
+        self.biases = _ANY_BIAS if module is None else Biases(module)
+        self.stacked = _NO_STACKED_WEIGHTS if module is None else StackedWeights(module)
+        self.may_be_sharded = may_be_sharded()
+        self.outer = top_hooks()
+        # The number of the first autograd node that the context may have made.
+        self.first_node = next_number()
+        self.is_closed = False
+        # The op whose forward pass has run, and whose output `record` has not been given yet.
+        self.announced: Announced | None = None
+        # Whether a tensor is being packed for a recipe, and so does not count as saved by the announced op.
+        self.is_apart = False
+        # Within a layer matrix products run again, whatever reads them.
+        self.is_in_layer = False
+        # Whether only outputs recorded earlier are discarded.
+        self.is_paused = False
+        self._boundaries = LayerBoundaries()
+        self.small_operands = SmallOperands()
+        self.held = self._boundaries.held
+        self.rules = RULES_AND_PRODUCTS if products else RULES
+
+    @contextlib.contextmanager
+    def at(self, level: str) -> Iterator[None]:
+        """Discards outputs at another level of `convert` within the context, whatever the level around.
+
+        At "block", outputs made within are kept.
+        """
+        before = self.is_paused, self._products, self.is_in_layer, self.rules
+        self.is_paused, self._products = level == "block", level in ("all", "layer")
+        self.is_in_layer = level == "layer"
+        self.rules = RULES_IN_LAYERS if self.is_in_layer else RULES_AND_PRODUCTS if self._products else RULES
+        try:
+            yield
+        finally:
+            self.is_paused, self._products, self.is_in_layer, self.rules = before
+
+    @property
+    def level(self) -> str:
+        """The current level, as in `convert`."""
+        if self.is_paused:
+            return "block"
+        return "layer" if self.is_in_layer else "all" if self._products else "output"
+
+    def close(self) -> None:
+        """Closes the context: recipes live only through their claims, and tensors saved from now on are kept."""
+        self.is_closed = True
+        # Nodes refer to this context longer than they keep tensors, and the outer hooks may hold tensors.
+        self.outer = None
+        self.all_entries.clear()
+        self._boundaries.clear()
+        self.small_operands.clear()
+        self.announced = None
