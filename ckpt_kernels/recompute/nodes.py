@@ -25,6 +25,8 @@ _WATCHED = "ckpt_kernels watched"
 # And of the cast copy of a bias.
 _COPIED = "ckpt_kernels copied"
 NUMBERS = (int, float)
+# The sequence number of the next node that this thread makes.
+next_number = torch._C._autograd._get_sequence_nr
 Note = tuple[float | SmallOperand | None, ...]
 
 
@@ -111,11 +113,6 @@ def is_unwritten(tensor: Tensor) -> bool:
     """Whether a tensor has had no in-place write. The version of a parameter is compared later, when it is read."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_inference()
     return plain and (tensor._version == 0 or tensor.is_leaf)
-
-
-def next_number() -> int:
-    """The sequence number of the next node that this thread makes."""
-    return torch._C._autograd._get_sequence_nr()
 
 
 def is_made_since(node: Any, first: int) -> bool:
