@@ -1,12 +1,13 @@
 """Tracks the biases of a module, so that recipes copy only biases that are unchanged since the forward pass began."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from . import fast_path
+from . import fast_path, nodes
 
 
 class Biases:
@@ -20,7 +21,26 @@ class Biases:
         versions = None if module is None else fast_path.biases(module)
         self._versions = versions_in(module) if versions is None and module is not None else versions
 
-    def is_unchanged(self, bias: nn.Parameter) -> bool:
+    def copied(self, leaf: Tensor) -> Tensor | None:
+        """A copy of a bias that is unchanged; None for other tensors.
+
+        The copy is small beside the rows, and optimizer steps and sharding do not change the copy.
+        """
+        is_bias = isinstance(leaf, nn.Parameter) and leaf.dim() < 2 and type(leaf.data) is Tensor
+        return leaf.detach().clone() if is_bias and self.is_unchanged(leaf) else None
+
+    def cast(self, node: Any, first_node: int) -> Tensor | None:
+        """The same for a bias that autocast cast; `first_node` is the first that was made since the forward pass began.
+
+        The node keeps the copy, because autocast casts a bias once for several forward passes.
+        """
+        copy = nodes.noted_copy(node)
+        if copy is None and nodes.is_made_since(node, first_node):
+            copy = self.copied(node.next_functions[0][0].variable)
+            copy = None if copy is None else nodes.note_copy(node, copy)
+        return copy
+
+    def is_unchanged(self, bias: Tensor) -> bool:
         """Whether a bias is unchanged since the forward pass began, when no op had read the bias."""
         if self._versions is None:
             return True

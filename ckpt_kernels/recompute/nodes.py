@@ -24,7 +24,11 @@ LEAF = "torch::autograd::AccumulateGrad"
 # number of that output.
 _NOTED = "ckpt_kernels"
 _WATCHED = "ckpt_kernels watched"
+# And of the cast copy of a bias.
+_COPIED = "ckpt_kernels copied"
 NUMBERS = (int, float)
+# The sequence number of the next node that this thread makes.
+next_number = torch._C._autograd._get_sequence_nr
 Note = tuple[float | SmallOperand | None, ...]
 
 
@@ -114,6 +118,14 @@ def is_unwritten(tensor: Tensor) -> bool:
     return plain and (tensor._version == 0 or tensor.is_leaf or type(tensor._base) is nn.Parameter)
 
 
+def is_made_since(node: Any, first: int) -> bool:
+    """Whether this thread has made a node since the node numbered `first`.
+
+    Each thread counts its own nodes. A number that this thread has not reached shows that another thread made the node.
+    """
+    return first <= node._sequence_nr() < next_number()
+
+
 def note(node: Any, operands: Note) -> None:
     """Notes on a node that the operands have had no in-place write."""
     node.metadata[_NOTED] = operands
@@ -122,6 +134,18 @@ def note(node: Any, operands: Note) -> None:
 def noted(node: Any) -> Note:
     """The note on a node; () if there is none."""
     return node.metadata.get(_NOTED, ())
+
+
+def note_copy(node: Any, operand: Tensor) -> Tensor:
+    """Notes on the node of a cast a copy of the operand, cast again. Returns the copy."""
+    output = node._input_metadata[0]
+    node.metadata[_COPIED] = operand.to(output.device, output.dtype)
+    return node.metadata[_COPIED]
+
+
+def noted_copy(node: Any) -> Tensor | None:
+    """The copy on the node of a cast; None if there is none."""
+    return node.metadata.get(_COPIED)
 
 
 def watch(tensor: Tensor) -> None:

@@ -37,6 +37,7 @@ class Source(Protocol):
 
     biases: Biases
     stacked: StackedWeights
+    first_node: int
 
     def share(self, source: Cell | Block) -> Operand | None: ...
 
@@ -74,7 +75,9 @@ class Trace:
         """
         rule = self._rules.get(node.name())
         self._steps += 1
-        if rule is None or (output != 0 and not rule.has_several_outputs) or self._steps > MOST_STEPS:
+        # An op that ran before the context may have read a parameter that has been written to since.
+        is_within = nodes.is_made_since(node, self._source.first_node)
+        if not is_within or rule is None or (output and not rule.has_several_outputs) or self._steps > MOST_STEPS:
             return None
         if rule.of_experts and not reads_stacked_weight(node):
             return None
@@ -88,7 +91,7 @@ class Trace:
             self._trusted.append(edges[0][0])
         cast = rule.autocast_operand
         if cast is not None and cast < len(edges) and nodes.is_cast_by_autocast(edges[cast][0]):
-            self._trusted.append(edges[cast][0])
+            packed[cast] = self._pack(self._source.biases.cast(edges[cast][0], self._source.first_node))
         operands: list[Any] = []
         note = nodes.noted(node)
         notes = note if len(note) == len(edges) else (None,) * len(edges)
@@ -222,7 +225,7 @@ class Trace:
         if saved_result is not None and saved_result.is_unwritten():
             return self._shared(saved_result)
         if name == nodes.LEAF:
-            return self._copied_bias(node.variable)
+            return self._pack(self._source.biases.copied(node.variable))
         # The strides of a clone are unknown, and a reader may depend on them.
         is_clone = name == "CloneBackward0"
         is_unwritten = is_unwritten or (nodes.is_watched(node, output) and not is_clone)
@@ -255,13 +258,8 @@ class Trace:
         self._most_copied -= copy.nbytes
         return self._source.pack(copy)
 
-    def _copied_bias(self, leaf: Tensor) -> Operand | None:
-        """A copy of a bias, which is small beside the rows. Optimizer steps and sharding do not change the copy."""
-        if not isinstance(leaf, nn.Parameter) or leaf.dim() > 1 or type(leaf.data) is not Tensor:
-            return None
-        if not self._source.biases.is_unchanged(leaf):
-            return None
-        return self._source.pack(leaf.detach().clone())
+    def _pack(self, copy: Tensor | None) -> Cell | None:
+        return None if copy is None else self._source.pack(copy)
 
     def _stacked_weight(self, edge: Edge) -> Operand | None:
         """The stacked weight at an edge, whose rows the op gathered. The weight itself is read, without a copy."""

@@ -10,6 +10,7 @@ from .announcements import Announced, may_be_sharded
 from .biases import Biases
 from .entries import Entries
 from .layer_boundaries import LayerBoundaries
+from .nodes import next_number
 from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
 from .small_operands import SmallOperands
 from .stacked_weights import StackedWeights
@@ -30,6 +31,7 @@ class State:
         "all_entries",
         "announced",
         "biases",
+        "first_node",
         "held",
         "is_apart",
         "is_closed",
@@ -50,6 +52,8 @@ class State:
         self.stacked = _NO_STACKED_WEIGHTS if module is None else StackedWeights(module)
         self.may_be_sharded = may_be_sharded()
         self.outer = top_hooks()
+        # The number of the first autograd node that the context may have made.
+        self.first_node = next_number()
         self.is_closed = False
         # The op whose forward pass has run, and whose output `record` has not been given yet.
         self.announced: Announced | None = None

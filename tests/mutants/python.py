@@ -44,6 +44,20 @@ PYTHON = (
         "tests/test_recompute.py -k cast_of_a_written",
     ),
     Mutant(
+        "an op that ran before the context runs again",
+        "ckpt_kernels/recompute/nodes.py",
+        "return «first <= »node._sequence_nr() < next_number()",
+        "",
+        "tests/test_provenance_before.py",
+    ),
+    Mutant(
+        "another thread's op counts as this thread's",
+        "ckpt_kernels/recompute/nodes.py",
+        "first <= node._sequence_nr()« < next_number()»",
+        "",
+        "tests/test_provenance_before.py -k thread",
+    ),
+    Mutant(
         "writes that the graph does not know are not counted",
         "ckpt_kernels/recompute/provenance.py",
         "version - block.entry.version != len(writers)",
