@@ -1,6 +1,8 @@
 """The C fast path of `recompute` builds the same cells and recipes as the Python code."""
 
 import contextlib
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,14 +12,15 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ckpt_kernels import backends, recompute
 from ckpt_kernels import functional as F
-from ckpt_kernels import recompute
 from ckpt_kernels.recompute import biases, fast_path
+from ckpt_kernels.recompute.active import seekers
 from ckpt_kernels.recompute.announcements import Announced
 from ckpt_kernels.recompute.cells import Cell, Kept
 from ckpt_kernels.recompute.discarder import Discarder
 from ckpt_kernels.recompute.entries import Block, Entries, Entry
-from ckpt_kernels.recompute.recipes import Claim, Recipe
+from ckpt_kernels.recompute.recipes import Claim, Recipe, geometry_of, layout_of
 
 from .discarded_outputs import Parameters, model_of_all, random_tensor, same_bits, shows_saved
 from .test_provenance_programs import Square, random_program
@@ -218,6 +221,32 @@ def test_references_to_storages_equal_torchs() -> None:
     assert found.cdata not in [torch.ones(8).untyped_storage()._cdata for _ in range(64)]
 
 
+def test_a_reference_frees_all_that_it_holds() -> None:
+    library, storage, dropped = fast_path.library, torch.UntypedStorage, []
+
+    def drop(address: int) -> None:
+        dropped.append(address)
+        storage._free_weak_ref(address)
+
+    tensor = torch.ones(8)
+    kind = type(library.storage_reference(tensor))
+    try:
+        library.set_up_storages(storage._expired, drop)
+        reference = library.storage_reference(tensor)
+        address, held = reference.cdata, sys.getrefcount(kind)
+        count = sys.getrefcount(address)
+        del reference
+        assert dropped == [address]
+        dropped.clear()
+        assert (sys.getrefcount(address), sys.getrefcount(kind)) == (count - 1, held - 1)
+        # The reference goes while the error is raised.
+        with pytest.raises(ZeroDivisionError):
+            _ = library.storage_reference(tensor), 1 // 0
+        assert dropped == [address]
+    finally:
+        library.set_up_storages(storage._expired, storage._free_weak_ref)
+
+
 def test_the_library_needs_classes_with_slots() -> None:
     class Dynamic:
         pass
@@ -262,6 +291,90 @@ def test_a_changed_weight_is_the_same_error(change: str) -> None:
     with python_only():
         assert found == run()
     assert (len(found) == 1) == (change != "other data")
+
+
+class Made:
+    """A recipe for a tensor of 4 x 4, unpacked by C or by Python, which records how it runs."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor] = Tensor.clone, start: int = 0) -> None:
+        self.make = make
+        self.runs: list[tuple[str, bool, bool]] = []
+        whole = random_tensor(4, 4)
+        self.recipe = Recipe(self.rebuild, [Kept(whole, True), None], 1, layout_of(whole))
+        self.claim = Claim(self.recipe, geometry_of(whole[start:]))
+        self.cell = Cell(self.claim, None, 0, None)
+
+    def rebuild(self, kept: Tensor, nothing: None) -> Tensor:
+        self.runs.append((backends.chosen(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        return self.make(kept)
+
+    def unpacked(self, unpack: Callable[[Cell], Tensor]) -> Any:
+        try:
+            found = unpack(self.cell)
+        except RuntimeError as error:
+            return str(error)
+        return found.dtype, found.tolist(), geometry_of(found), found.is_inference(), found.requires_grad, self.runs
+
+
+AROUND: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
+    "nothing": contextlib.nullcontext,
+    "gradients": torch.enable_grad,
+    "inference": torch.inference_mode,
+    "another backend": lambda: backends.serving("reference"),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_recipes_run_as_in_python(around: str) -> None:
+    in_c, in_python = Made(), Made()
+    with torch.no_grad(), AROUND[around]():
+        found, expected = in_c.unpacked(fast_path.library.unpack), in_python.unpacked(lambda cell: cell.get())
+    assert found == expected
+    assert in_c.runs == [(backends.chosen(), False, False)]
+
+
+@pytest.mark.parametrize("start", (0, 1))
+@pytest.mark.parametrize(
+    "make",
+    (
+        Tensor.clone,
+        lambda kept: kept.t().contiguous().t(),
+        lambda kept: torch.cat([kept[:1], kept])[1:],
+        Tensor.double,
+        lambda kept: kept[:2].clone(),
+    ),
+    ids=("as it was", "other strides", "an offset", "another dtype", "another shape"),
+)
+def test_tensors_made_again_are_laid_out_as_in_python(make: Callable[[Tensor], Tensor], start: int) -> None:
+    with torch.no_grad():
+        found = Made(make, start).unpacked(fast_path.library.unpack)
+        expected = Made(make, start).unpacked(lambda cell: cell.get())
+    assert found == expected
+
+
+def test_an_interrupt_in_a_recipe_is_raised() -> None:
+    def interrupted(kept: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    made = Made(interrupted)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        fast_path.library.unpack(made.cell)
+    assert len(made.runs) == 1
+
+
+def test_only_the_thread_that_seeks_identities_gets_no_values() -> None:
+    made, own = Made(), threading.get_ident()
+    with torch.no_grad():
+        seekers.append(own)
+        try:
+            assert fast_path.library.unpack(made.cell).numel() == 0 and not made.runs
+        finally:
+            seekers.remove(own)
+        seekers.append(own + 1)
+        try:
+            assert fast_path.library.unpack(made.cell).numel() == 16 and made.runs
+        finally:
+            seekers.remove(own + 1)
 
 
 def tensors() -> dict[str, Tensor]:
