@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_kernels import backends, recompute
 from ckpt_kernels import functional as F
-from ckpt_kernels.recompute import biases, fast_path
+from ckpt_kernels.recompute import active, announcing, biases, fast_path
 from ckpt_kernels.recompute.active import seekers
 from ckpt_kernels.recompute.announcements import Announced
 from ckpt_kernels.recompute.cells import Cell, Kept
@@ -375,6 +375,79 @@ def test_only_the_thread_that_seeks_identities_gets_no_values() -> None:
             assert fast_path.library.unpack(made.cell).numel() == 16 and made.runs
         finally:
             seekers.remove(own + 1)
+
+
+class Announcing(torch.autograd.Function):
+    """Announces a recipe for the first result of `compute`, and saves the tensors `saved`."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[..., Tensor], saved: int, total: Any, *tensors: Tensor) -> Tensor:
+        output = compute(*tensors)
+        second = None if total is None else (tensors[0], (compute, tensors))
+        announcing.announce((compute, tensors), False, second)
+        ctx.save_for_backward(*tensors[:saved])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError
+
+
+def doubled(x: Tensor, *others: Tensor) -> Tensor:
+    return x * 2
+
+
+def last_rows(x: Tensor, *others: Tensor) -> Tensor:
+    return torch.cat([x, x * 2])[x.shape[0] :]
+
+
+def foreign_hooks() -> contextlib.AbstractContextManager:
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
+# The function, the number of saved tensors, whether there is a second result, and a change of the context.
+ANNOUNCED: dict[str, tuple[Callable[..., Tensor], int, Any, dict[str, bool]]] = {
+    "usual": (doubled, 1, None, {}),
+    "offset": (last_rows, 1, None, {}),
+    "empty": (lambda x, *others: (x * 2)[:0], 1, None, {}),
+    "nothing saved": (doubled, 0, None, {}),
+    "several processes": (doubled, 1, None, {"may_be_sharded": True}),
+    "closed": (doubled, 1, None, {"is_closed": True}),
+    "paused": (doubled, 1, None, {"is_paused": True}),
+    "a total": (doubled, 1, True, {}),
+    "a total in a layer": (doubled, 1, True, {"is_in_layer": True}),
+}
+
+
+@pytest.mark.parametrize("inside", (contextlib.nullcontext, foreign_hooks, torch.no_grad))
+@pytest.mark.parametrize("operands", (1, 2, 3))
+@pytest.mark.parametrize("case", ANNOUNCED)
+def test_announcements_equal_pythons(case: str, operands: int, inside: Callable[[], Any]) -> None:
+    """With an operand that nothing saves: a leaf, and the result of a product."""
+    compute, saved, total, options = ANNOUNCED[case]
+
+    def run() -> list[Any]:
+        x, weight = random_tensor(8, 8).requires_grad_(), random_tensor(8, 8, seed=1).requires_grad_()
+        with recompute.discard_outputs():
+            discarder = active.thread.active[-1]
+            given = [x, weight, x @ weight][:operands]
+            for name, value in options.items():
+                setattr(discarder, name, value)
+            with inside():
+                output = Announcing.apply(compute, saved, total, *given)
+                announced = discarder.announced
+                found = [None if announced is None else (len(announced.saved), type(announced.total))]
+                announcing.record(output)
+            block = getattr(output.grad_fn, "recomputed_block", "none")
+            recipe = block.entry.recipe() if isinstance(block, Block) else block
+            found += [discarder.announced, type(recipe), len(discarder.all_entries), discarder in active.thread.active]
+            if isinstance(recipe, Recipe):
+                found += [recipe.depth, recipe.layout, [type(operand) for operand in recipe.operands]]
+        return found
+
+    found = run()
+    with python_only():
+        assert found == run()
 
 
 def tensors() -> dict[str, Tensor]:
