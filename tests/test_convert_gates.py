@@ -210,7 +210,9 @@ def test_compiled_without_graph_breaks() -> None:
     assert torch.allclose(compiled(given), twin(given), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", ((0, 4 * WIDTH), (4 * WIDTH,), (2, 1, 3, 2, 4 * WIDTH), (3, 6), (3, 2)), ids=str)
+@pytest.mark.parametrize(
+    "shape", ((0, 4 * WIDTH), (4 * WIDTH,), (2, 1, 3, 2, 4 * WIDTH), (3, 6), (3, 2), (6, 4)), ids=str
+)
 @pytest.mark.parametrize("layout", (Tensor.contiguous, lambda x: x.t() if x.dim() == 2 else x), ids=("rows", "columns"))
 def test_inputs_of_every_shape(shape: tuple[int, ...], layout: Callable[[Tensor], Tensor]) -> None:
     model, twin = twins(Interleaved)
@@ -220,6 +222,50 @@ def test_inputs_of_every_shape(shape: tuple[int, ...], layout: Callable[[Tensor]
         return
     found, expected = model.gate(packed), twin.gate(packed)
     assert found.stride() == expected.stride() and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class OfRows(Gated):
+    """A gate for matrices only: of another tensor, halves along the second dimension."""
+
+    def gate(self, packed: Tensor) -> Tensor:
+        gate, value = packed.chunk(2, dim=1)
+        return self.act(gate.clamp(max=self.limit)) * value.clamp(min=-self.limit, max=self.limit)
+
+
+@pytest.mark.parametrize("shape", ((8, 6), (2, 8, 6), (1, 2, 4, 6)), ids=str)
+def test_other_numbers_of_dimensions_than_tried_are_left(shape: tuple[int, ...]) -> None:
+    model, twin = twins(OfRows)
+    assert replacement_of(ckpt_kernels.convert(model), "") == FOUND[Chunked]
+    found, expected = (made.gate(random_tensor(*shape)) for made in (model, twin))
+    assert found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_hooks_of_all_modules_run() -> None:
+    model, twin = twins(Chunked)
+    ckpt_kernels.convert(model)
+    given = random_tensor(2, 32, WIDTH)
+    before = results_of(model, given)
+    doubling = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output * 2 if isinstance(module, nn.SiLU) else None
+    )
+    try:
+        found, expected = results_of(model, given), results_of(twin, given)
+    finally:
+        doubling.remove()
+    assert close(found, expected, 1e-6) and not close(found, before, 1e-2)
+
+
+def test_no_finalizer_runs_on_a_stand_in() -> None:
+    finalized = []
+
+    class Finalized(Chunked):
+        def __del__(self) -> None:
+            finalized.append(self)
+
+    model = Finalized()
+    ckpt_kernels.convert(model)
+    assert not finalized
+    del Finalized.__del__
 
 
 class ReadLater(Gated):
