@@ -1,5 +1,7 @@
 """What is kept is counted by storages: also of tensors without addresses, and of tensors that hold other tensors."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -59,6 +61,36 @@ def test_sparse_tensors_count_by_the_tensors_inside(layout: torch.layout) -> Non
     graph = _sparse(layout)
     values = graph._values() if layout is torch.sparse_coo else graph.values()
     assert memory.saved_bytes(lambda x: torch.sparse.mm(graph, x), x) > values.nbytes
+
+
+class Keeping(torch.autograd.Function):
+    """Saves a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(kept)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
+
+
+@pytest.mark.parametrize("layout", PARTS)
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_each_tensor_inside_a_sparse_tensor_counts(layout: torch.layout) -> None:
+    kept = _sparse(layout)
+    expected = sum(getattr(kept, name)().untyped_storage().nbytes() for name in PARTS[layout])
+    assert memory.saved_bytes(Keeping.apply, torch.ones(2, requires_grad=True), kept) == expected > 0
 
 
 def test_memory_that_is_used_again_is_no_parameter_of_before() -> None:

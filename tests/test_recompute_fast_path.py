@@ -1,6 +1,7 @@
 """The C fast path of `recompute` builds the same cells and recipes as the Python code."""
 
 import contextlib
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from ckpt_kernels.recompute.announcements import Announced
 from ckpt_kernels.recompute.cells import Cell, Kept
 from ckpt_kernels.recompute.discarder import Discarder
 from ckpt_kernels.recompute.entries import Block, Entries, Entry
-from ckpt_kernels.recompute.recipes import Claim, Recipe, geometry_of, layout_of
+from ckpt_kernels.recompute.recipes import LONGEST_CHAIN, Claim, Recipe, geometry_of, layout_of
 
 from .discarded_outputs import Parameters, model_of_all, random_tensor, same_bits, shows_saved
 from .test_provenance_programs import Square, random_program
@@ -375,6 +376,72 @@ def test_only_the_thread_that_seeks_identities_gets_no_values() -> None:
             assert fast_path.library.unpack(made.cell).numel() == 16 and made.runs
         finally:
             seekers.remove(own + 1)
+
+
+@pytest.mark.parametrize("is_first_gone", (False, True))
+def test_two_claims_are_served_by_one_run(is_first_gone: bool) -> None:
+    made = Made()
+    cells = [made.cell, Cell(Claim(made.recipe, made.claim.geometry), None, 0, None)]
+    found: list[Tensor] = []
+
+    def unpack(gradient: Tensor) -> None:
+        found.append(fast_path.library.unpack(cells[0]))
+        if is_first_gone:
+            del cells[0], made.cell, made.claim
+        found.append(fast_path.library.unpack(cells[-1]))
+
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(unpack)
+    (x * 1).backward()
+    assert len(made.runs) == 1 and same_bits(*found)
+
+
+def test_no_announcement_outlives_its_op() -> None:
+    def count() -> int:
+        gc.collect()
+        return sum(type(each) is Announced for each in gc.get_objects())
+
+    before = count()
+    with recompute.discard_outputs():
+        h = random_tensor(4, 8).requires_grad_()
+        for _ in range(3):
+            h = F.layer_norm(h, 8)
+        assert count() == before
+    assert count() == before
+
+
+@pytest.mark.parametrize("depth", (LONGEST_CHAIN, LONGEST_CHAIN + 1))
+def test_the_length_of_chains_is_that_of_python(depth: int) -> None:
+    with recompute.discard_outputs():
+        h = F.layer_norm(random_tensor(4, 8).requires_grad_(), 8)
+        discarder = active.thread.active[-1]
+        h.grad_fn.recomputed_block.entry.recipe().depth = depth
+        found, expected = fast_path.library.packer(discarder)(h), discarder.pack(h)
+    assert type(found.content) is type(expected.content) is (Kept if depth > LONGEST_CHAIN else Claim)
+
+
+def test_a_context_that_another_thread_closed_removes_its_hooks() -> None:
+    context = recompute.discard_outputs()
+    context.__enter__()
+    thread = threading.Thread(target=context.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert active.top_hooks() is not None
+    random_tensor(4).requires_grad_().exp()
+    assert active.top_hooks() is None
+
+
+def test_a_noted_operand_needs_no_recipe() -> None:
+    """A small shift, which a product made: the recipe of the sum copies the shift."""
+    x, weight = random_tensor(64, 32).requires_grad_(), random_tensor(32, 32, seed=1).requires_grad_()
+    small = random_tensor(1, 32, seed=2)
+    for context in (contextlib.nullcontext(), python_only()):
+        with context, recompute.discard_outputs():
+            h, shift = F.layer_norm(x, 32), small @ weight
+            total = h + shift
+            announcing.note(total, h, shift)
+            read = TF.linear(total, weight)
+            assert Claim in [type(cell.content) for name, _, cell in cells_of(read) if name == read.grad_fn.name()]
 
 
 class Announcing(torch.autograd.Function):
