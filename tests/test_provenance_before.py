@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
+from ckpt_kernels.recompute import nodes
 
 from .conftest import DEVICE
 from .discarded_outputs import (
@@ -103,6 +104,39 @@ def test_a_bias_that_autocast_cast_before_the_context_is_copied_once(x: Tensor) 
         found = second()
     sources = [x, *p.values()]
     assert_same_bits(*(torch.autograd.grad(loss_of(y), sources) for y in (found, expected)))
+
+
+def test_a_bias_that_eager_torch_cast_is_not_copied_after_a_write(x: Tensor) -> None:
+    p = Parameters()
+
+    def call() -> Tensor:
+        return TF.linear(F.bias_act(TF.linear(x, p["a"], p["bias"]), activation="gelu"), p["c"])
+
+    with torch.autocast(DEVICE, torch.bfloat16):
+        expected = call()
+        with torch.no_grad():
+            p["bias"].add_(1)
+        found = recompute.discard_outputs(products=True)(call)()
+    sources = [x, *p.values()]
+    assert_same_bits(*(torch.autograd.grad(loss_of(y), sources) for y in (found, expected)))
+
+
+def test_a_number_that_this_thread_has_not_reached_is_another_threads() -> None:
+    x, made = torch.ones(1, requires_grad=True), []
+    first, number = 0, nodes.next_number()
+
+    def make() -> None:
+        while not made or made[-1]._sequence_nr() < number:
+            made[-2:] = [*made[-1:], (x * 1).grad_fn]
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    assert made[-1]._sequence_nr() == number == nodes.next_number()
+    assert not nodes.is_made_since(made[-1], first)
+    own = (x * 1).grad_fn
+    assert own._sequence_nr() == number and nodes.is_made_since(own, number)
+    assert not nodes.is_made_since(own, number + 1)
 
 
 class Cached(nn.Module):

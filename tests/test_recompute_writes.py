@@ -46,6 +46,23 @@ def test_recomputation_reads_the_bias_as_added() -> None:
     assert kept[0] - kept[1] == x.nbytes - WIDTH * 4
 
 
+def test_recomputation_does_not_read_other_data_of_the_bias() -> None:
+    torch.manual_seed(0)
+    module = Shifted(lambda bias: None, lambda bias: setattr(bias, "data", bias.data + 1)).to(DEVICE)
+    x, start = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True), module.bias.detach().clone()
+    (expected,) = torch.autograd.grad(module(x).sin().sum(), module.linear.weight)
+    module.bias.data = start
+    (found,) = torch.autograd.grad(recompute.DiscardOutputs(module)(x).sin().sum(), module.linear.weight)
+    assert torch.equal(found, expected)
+
+
+def test_a_module_may_hold_a_sparse_vector() -> None:
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH)).to(DEVICE)
+    module.register_parameter("sparse", nn.Parameter(torch.ones(WIDTH).to_sparse()))
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    assert torch.equal(recompute.DiscardOutputs(module)(x), module(x))
+
+
 def test_a_view_taken_under_no_grad_is_kept() -> None:
     """Eager torch allows writes to what made the view: no gradient of the view goes there."""
     weight, scale = (torch.ones(WIDTH, device=DEVICE, requires_grad=True) for _ in range(2))
