@@ -54,6 +54,23 @@ class Written(Experts):
         return total
 
 
+class Before(Experts):
+    """The weighted rows are written to, and a cast to their own dtype returns the sum that was made of them."""
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for expert in range(EXPERTS):
+            chosen = torch.where(self.ids == expert)[0]
+            rows = F.linear(self.gate(F.linear(x[chosen], self.up[expert])), self.down[expert])
+            doubled = rows * 2.0
+            with torch.no_grad():
+                doubled.mul_(2)
+            rows = torch.add(doubled, rows)
+            rows = rows.to(rows.dtype)
+            total = total.index_add(0, chosen, rows.square().to(total.dtype))
+        return total
+
+
 class Other(Experts):
     """The second weight is no part of a stack, and a product may have any reader."""
 
@@ -96,7 +113,7 @@ class Changing(Biased):
         return self.act(gate) * value
 
 
-KINDS = (Experts, Written, Other, Biased)
+KINDS = (Experts, Written, Before, Other, Biased)
 
 
 def made(kind: type[nn.Module], dtype: torch.dtype) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor]]:
@@ -185,4 +202,7 @@ def test_autocast_keeps_casts_of_weights_only() -> None:
         ckpt_kernels.convert(model, recompute=level)
         with torch.autocast(DEVICE, torch.bfloat16):
             found.append(results_of(model, *given))
+            kept = kept_rows(model, given)
     assert equal(*found)
+    # The input's cast, and casts of both weights, transposed.
+    assert kept == {2 * INNER: EXPERTS * WIDTH // TOKENS, WIDTH: 1 + EXPERTS * INNER // TOKENS}

@@ -249,6 +249,16 @@ class ArgumentInLoop(MLP):
         return total
 
 
+class ArgumentInBranchOfLoop(ArgumentInLoop):
+    def forward(self, x: Tensor) -> Tensor:
+        total = 0.0
+        for turn in range(4):
+            if turn != 1:
+                x = self.act(self.up(x))
+                total = total + self.down(x)
+        return total
+
+
 class HalvesInLoop(MLP):
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +281,7 @@ class ArgumentInBranch(MLP):
 
 
 _NAMED = [Chained, ChainedLast, Augmented, AugmentedLast, Broken, Suppressed, ArgumentInLoop, HalvesInLoop]
-_NAMED += [ArgumentInBranch]
+_NAMED += [ArgumentInBranch, ArgumentInBranchOfLoop]
 
 
 @pytest.mark.parametrize("kind", _NAMED)

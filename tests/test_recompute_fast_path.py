@@ -4,7 +4,7 @@ import contextlib
 import gc
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -445,14 +445,14 @@ def test_a_noted_operand_needs_no_recipe() -> None:
 
 
 class Announcing(torch.autograd.Function):
-    """Announces a recipe for the first result of `compute`, and saves the tensors `saved`."""
+    """Announces a recipe for the first result of `compute`, and saves so many tensors; with -1, the result."""
 
     @staticmethod
     def forward(ctx: Any, compute: Callable[..., Tensor], saved: int, total: Any, *tensors: Tensor) -> Tensor:
         output = compute(*tensors)
         second = None if total is None else (tensors[0], (compute, tensors))
         announcing.announce((compute, tensors), False, second)
-        ctx.save_for_backward(*tensors[:saved])
+        ctx.save_for_backward(*(tensors[:saved] if saved >= 0 else [output]))
         return output
 
     @staticmethod
@@ -478,6 +478,7 @@ ANNOUNCED: dict[str, tuple[Callable[..., Tensor], int, Any, dict[str, bool]]] = 
     "offset": (last_rows, 1, None, {}),
     "empty": (lambda x, *others: (x * 2)[:0], 1, None, {}),
     "nothing saved": (doubled, 0, None, {}),
+    "the result is saved": (doubled, -1, None, {}),
     "several processes": (doubled, 1, None, {"may_be_sharded": True}),
     "closed": (doubled, 1, None, {"is_closed": True}),
     "paused": (doubled, 1, None, {"is_paused": True}),
@@ -486,18 +487,28 @@ ANNOUNCED: dict[str, tuple[Callable[..., Tensor], int, Any, dict[str, bool]]] = 
 }
 
 
+OTHERS: dict[str, Callable[[Tensor, Tensor], Sequence[Tensor]]] = {
+    "none": lambda x, weight: (),
+    "a leaf": lambda x, weight: (weight,),
+    "a product": lambda x, weight: (x @ weight,),
+    "a small product": lambda x, weight: (x @ weight[:, :1],),
+    "a block's output": lambda x, weight: (F.layer_norm(x, 8),),
+    "a view": lambda x, weight: (x.t(),),
+}
+
+
 @pytest.mark.parametrize("inside", (contextlib.nullcontext, foreign_hooks, torch.no_grad))
-@pytest.mark.parametrize("operands", (1, 2, 3))
+@pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("case", ANNOUNCED)
-def test_announcements_equal_pythons(case: str, operands: int, inside: Callable[[], Any]) -> None:
-    """With an operand that nothing saves: a leaf, and the result of a product."""
+def test_announcements_equal_pythons(case: str, other: str, inside: Callable[[], Any]) -> None:
+    """With another operand, which nothing saves."""
     compute, saved, total, options = ANNOUNCED[case]
 
     def run() -> list[Any]:
         x, weight = random_tensor(8, 8).requires_grad_(), random_tensor(8, 8, seed=1).requires_grad_()
         with recompute.discard_outputs():
             discarder = active.thread.active[-1]
-            given = [x, weight, x @ weight][:operands]
+            given = [x, *OTHERS[other](x, weight)]
             for name, value in options.items():
                 setattr(discarder, name, value)
             with inside():

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
@@ -10,6 +11,12 @@ from torch import Tensor, nn
 from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
 from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.recompute.active import discarding, thread
+from ckpt_kernels.recompute.announcements import Announced
+from ckpt_kernels.recompute.announcing import note
+from ckpt_kernels.recompute.entries import Entries, Entry
+from ckpt_kernels.recompute.layer_boundaries import LayerBoundaries
+from ckpt_kernels.recompute.state import State
 
 from .conftest import DEVICE
 
@@ -102,3 +109,59 @@ def test_entries_of_freed_outputs_are_removed() -> None:
         for _ in range(300):
             F.layer_norm(x, WIDTH, weight)
         assert len(discarder.all_entries) < 200
+
+
+def test_a_sweep_removes_only_entries_of_freed_outputs() -> None:
+    entries, live = Entries(), [torch.ones(1) for _ in range(64)]
+    for output in live:
+        entries.add(Entry(output, lambda: None))
+    entries.add(Entry(torch.ones(1), lambda: None))
+    entries.add(Entry(live[0], lambda: None))
+    assert all(entries.of(output) is not None for output in live)
+
+
+def test_a_written_boundary_is_no_boundary() -> None:
+    boundaries, tensor = LayerBoundaries(), torch.ones(2)
+    boundaries.add(tensor)
+    assert boundaries.of(tensor) is not None
+    tensor.add_(1)
+    assert boundaries.of(tensor) is None
+
+
+@pytest.mark.parametrize("level", ("block", "output", "all", "layer"))
+@pytest.mark.parametrize("products", (False, True))
+def test_another_level_holds_for_its_context_alone(products: bool, level: str) -> None:
+    state = State(None, products, False)
+
+    def options() -> tuple:
+        return state.level, state.is_paused, state._products, state.is_in_layer, state.rules
+
+    before = options()
+    with pytest.raises(KeyError), state.at(level):
+        assert state.level == level
+        raise KeyError
+    assert options() == before
+
+
+def test_a_closed_context_holds_nothing() -> None:
+    x = torch.ones(4, WIDTH, device=DEVICE, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), recompute.discard_outputs():
+        discarder = thread.active[-1]
+        h = F.layer_norm(x, WIDTH)
+        total = h + x[:1]
+        note(total, h, x[:1])
+        _, small = total.grad_fn.metadata["ckpt_kernels"]
+        discarder._boundaries.add(h)
+        discarder.announced = Announced(None, False, None)
+        assert discarder.outer is not None and len(discarder.all_entries) and discarder.held
+        assert small.tensor is not None
+    assert discarder.outer is discarder.announced is small.tensor is None
+    assert not len(discarder.all_entries) and not discarder.held
+
+
+def test_a_context_around_foreign_hooks_does_not_see_tensors() -> None:
+    with recompute.discard_outputs():
+        assert discarding() is not None
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            assert discarding() is None
+        assert discarding() is not None
