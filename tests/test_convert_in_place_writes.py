@@ -373,6 +373,22 @@ def test_a_writer_may_come_after_the_conversion(level: str) -> None:
     assert_same_gradients(model, converted)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_input_without_a_gradient_may_be_written_to(level: str, dtype: torch.dtype) -> None:
+    """Torch saves only the normalized rows, for the gradient of the weight."""
+    model, converted = (m.to(DEVICE, dtype) for m in twins(lambda: nn.Sequential(RMSNorm())))
+    assert ckpt_kernels.convert(converted, recompute=level).replaced
+    gradients = []
+    for each in (model, converted):
+        x = random_tensor(5, WIDTH).to(dtype)
+        output = each(x)
+        x.zero_()
+        gradients += torch.autograd.grad(output.float().square().mean(), list(each.parameters()))
+    expected, found = gradients
+    assert (found.double() - expected.double()).norm() <= 2 * torch.finfo(dtype).eps * expected.double().norm()
+
+
 def assert_same_gradients(model: nn.Module, converted: nn.Module) -> None:
     """Asserts gradients within a few roundings of bfloat16."""
     x = random_tensor(5, WIDTH).bfloat16()

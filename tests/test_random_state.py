@@ -61,3 +61,18 @@ def test_a_generator_of_numpys_other_kinds_is_compared_as_a_whole() -> None:
             assert numpy.random.rand() == drawn
     finally:
         numpy.random.set_bit_generator(generator)
+
+
+def test_another_generator_of_numpy_is_seen() -> None:
+    generator = numpy.random.get_bit_generator()
+    before = RandomState.now((torch.default_generator,))
+    try:
+        numpy.random.set_bit_generator(numpy.random.MT19937(7))
+        assert not before.is_current()
+        after = RandomState.now((torch.default_generator,), before)
+        with before.restored():
+            drawn = numpy.random.rand()
+        assert after.is_current()
+    finally:
+        numpy.random.set_bit_generator(generator)
+    assert before.is_current() and numpy.random.rand() == drawn

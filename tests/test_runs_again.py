@@ -239,6 +239,21 @@ def test_random_numbers_of_all_generators(kind: str, every: int) -> None:
         assert all(map(torch.equal, run(flat(tree)), run(tree)))
 
 
+def test_a_generator_of_a_later_layer_is_restored() -> None:
+    """The layer before draws nothing, and holds no generator."""
+
+    def drawing(self: FunctionLayer, x: Tensor) -> Tensor:
+        return self.linear(x * torch.rand(WIDTH, generator=self.own)).sin()
+
+    def run(tree: Tree) -> list[Tensor]:
+        torch.manual_seed(0)
+        layers = [FunctionLayer(lambda self, x: self.linear(x).sin()), FunctionLayer(drawing)]
+        layers[1].own = torch.Generator().manual_seed(3)
+        return [*derived(by_tree(layers, tree)), torch.rand((), generator=layers[1].own)]
+
+    assert all(map(torch.equal, run(flat(ONE)), run(ONE)))
+
+
 def test_layers_that_differ_when_recomputed_are_recorded() -> None:
     layers = [FunctionLayer(lambda self, x: (x * (1.0 + is_repeating())).sin()), FunctionLayer(lambda self, x: x.sin())]
     net = by_tree(layers, Tree(["none"], ["none"]))
