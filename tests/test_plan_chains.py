@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ckpt_kernels.plan.bench import PLAIN_CHECKPOINT, ChoiceByLayer
 from ckpt_kernels.plan.chain import predicted
 from ckpt_kernels.plan.costs import Checkpoint, Checkpointed, Cost, Stage, StageAt
 from ckpt_kernels.plan.marks import Segment
+from ckpt_kernels.plan.stages import Stages
 from ckpt_kernels.plan.timing import LONGEST, MANY, Pattern, _shared_in_runs, _typical
 from ckpt_kernels.runs import Place
 
@@ -81,6 +83,45 @@ def test_choices_cost_more_within_a_checkpoint() -> None:
 
 def _alone(level: str) -> Checkpoint:
     return Checkpoint((StageAt(0, level),))
+
+
+class _Timed:
+    """The seconds of a forward and a backward pass, by choice."""
+
+    def __init__(self, **by_choice: tuple[float, float]) -> None:
+        self.by_choice = {name.replace("_", " "): seconds for name, seconds in by_choice.items()}
+
+    def of(self, position: tuple[str, int], choice: str) -> float:
+        return self.by_choice[choice][position[0] == "backward"]
+
+    def has(self, choice: str) -> bool:
+        return choice in self.by_choice
+
+
+def _checkpointed(kept: int, **by_choice: tuple[float, float]) -> tuple[list[float], Checkpointed | None]:
+    """The seconds that two choices add within a checkpoint that keeps so many bytes, and the cost of the first run."""
+    costs = {"none": Cost(10, 10, 5, 1.0, 2.0), "output": Cost(8, 10, 5, 1.25, 2.25)}
+    stages: Any = object.__new__(Stages)
+    stages._seconds = _Timed(**by_choice)
+    stages._cost = lambda choice, index: (Cost(kept, 9, 5, 1.0, 3.0), 0)
+    found, first = Stages._checkpointed(stages, "checkpoint", 0, costs, 3)
+    return [found[level].inside for level in costs], first
+
+
+def test_the_cost_within_a_checkpoint() -> None:
+    # The recipes take half a second when the layer runs again; without recipes the second run stops early.
+    timed = {"checkpoint": (1.25, 4.0), "checkpoint_of_none": (1.0, 2.75)}
+    assert _checkpointed(4, **timed) == ([0.0, 0.75], Checkpointed(1, 9, 1.0, 0.0))
+    assert _checkpointed(2, **timed) == ([0.0, 0.75], Checkpointed(0, 9, 1.0, 0.0))
+    # Without times of the plain checkpoint all choices add what recipes add.
+    assert _checkpointed(4, checkpoint=timed["checkpoint"]) == ([0.0, 0.25], Checkpointed(1, 9, 1.5, 0.0))
+    # A checkpoint that keeps no less is no choice.
+    assert _checkpointed(8, **timed) == ([0.0, 0.0], None)
+    # A first run much faster than an ordinary one is noise; the second run stops at half of the pass at the earliest.
+    fast = {"checkpoint": (0.25, 1.0), "checkpoint_of_none": (0.5, 1.0)}
+    (none, output), first = _checkpointed(4, **fast)
+    assert none == 0.0 and output == pytest.approx(0.225)
+    assert first is not None and (first.forward, first.saved) == (pytest.approx(0.9), 0.5)
 
 
 def test_a_plan_at_the_peak_of_the_square_root_rule_runs_no_layer_more_often(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ from ckpt_kernels import recompute
 from ckpt_kernels.bitwise_check import record_differences
 from ckpt_kernels.convert.module_levels import Levels
 from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.random_state import RandomState
 from ckpt_kernels.runs import is_repeating
+from ckpt_kernels.runs.held import held_by
 
 from .test_runs import ROWS, TREES, WIDTH, Net, Tree, flat, inputs, made
 
@@ -252,6 +254,29 @@ def test_a_generator_of_a_later_layer_is_restored() -> None:
         return [*derived(by_tree(layers, tree)), torch.rand((), generator=layers[1].own)]
 
     assert all(map(torch.equal, run(flat(ONE)), run(ONE)))
+
+
+def test_no_state_is_restored_for_layers_that_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def restored(self: RandomState) -> None:
+        raise AssertionError("a state was restored")
+
+    monkeypatch.setattr(RandomState, "restored", restored)
+    derived(by_tree([nn.Linear(WIDTH, WIDTH) for _ in range(3)], Tree(["none"] * 3)))
+
+
+def test_what_a_layer_holds_is_found_once() -> None:
+    shared = nn.BatchNorm1d(WIDTH)
+    layer = nn.Sequential(shared, nn.Sequential(shared))
+    layer[1].add_module("around", layer)
+    held = held_by(layer)
+    assert held is not None and len(held.parameters) == 2 and len(held.buffers) == 3
+
+
+def test_a_layer_with_a_lazy_buffer_runs() -> None:
+    net = by_tree([nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LazyBatchNorm1d(affine=False)) for _ in range(2)], ONE)
+    assert held_by(net.layers[0]) is None
+    for _ in range(2):
+        assert len(derived(net)) == 5
 
 
 def test_layers_that_differ_when_recomputed_are_recorded() -> None:
