@@ -42,6 +42,7 @@ def test_each_kind_of_layers_has_each_choice_often_enough(kinds: list[int], choi
 
 def test_layers_that_are_alike_need_few_timed_steps_in_stretches() -> None:
     assert (Pattern([0] * 8, 7).steps, Pattern([0] * 8, 7).longest) == (4, 1)
+    assert [Pattern([0] * layers, 7).steps for layers in (MANY - 1, MANY)] == [21, 7]
     # With tiles there are four choices more.
     assert (Pattern([0] * 8, 11).steps, Pattern([0] * 22, 11).steps) == (6, 2)
     many = Pattern([0] * 1000, 7)

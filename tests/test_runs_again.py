@@ -1,6 +1,7 @@
 """The recomputation of checkpointed layers: restored state, and errors if the recomputation differs."""
 
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from ckpt_kernels.bitwise_check import record_differences
 from ckpt_kernels.convert.module_levels import Levels
 from ckpt_kernels.memory import saved_bytes
 from ckpt_kernels.random_state import RandomState
-from ckpt_kernels.runs import is_repeating
+from ckpt_kernels.runs import Run, is_repeating
+from ckpt_kernels.runs.arguments import Link
 from ckpt_kernels.runs.held import held_by
 
 from .test_runs import ROWS, TREES, WIDTH, Net, Tree, flat, inputs, made
@@ -262,6 +264,24 @@ def test_no_state_is_restored_for_layers_that_draw_nothing(monkeypatch: pytest.M
 
     monkeypatch.setattr(RandomState, "restored", restored)
     derived(by_tree([nn.Linear(WIDTH, WIDTH) for _ in range(3)], Tree(["none"] * 3)))
+
+
+def test_a_tensor_with_the_identity_of_a_freed_output_is_no_link() -> None:
+    run, tensor, output = Run(0), torch.ones(1), torch.ones(1)
+    run._links[id(tensor)] = weakref.ref(output), 0, Link(0, 0)
+    assert run._link(tensor) is None
+    run._links[id(output)] = run._links.pop(id(tensor))
+    assert run._link(output) == Link(0, 0)
+
+
+def test_the_dtype_of_autocast_is_restored() -> None:
+    def run(tree: Tree) -> list[Tensor]:
+        net, x = made(tree), inputs()
+        with torch.autocast("cpu", torch.float16):
+            output = net(x)
+        return list(torch.autograd.grad(output.float().square().sum(), [x, *net.parameters()]))
+
+    assert all(map(torch.equal, run(flat(NESTED)), run(NESTED)))
 
 
 def test_what_a_layer_holds_is_found_once() -> None:
