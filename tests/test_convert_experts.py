@@ -67,7 +67,7 @@ class Before(Experts):
                 doubled.mul_(2)
             rows = torch.add(doubled, rows)
             rows = rows.to(rows.dtype)
-            total = total.index_add(0, chosen, rows.square().to(dtype=total.dtype))
+            total = total.index_add(0, chosen, (rows.square() * weights[chosen, None]).to(dtype=total.dtype))
         return total
 
 

@@ -259,6 +259,18 @@ class ArgumentInBranchOfLoop(ArgumentInLoop):
         return total
 
 
+class ArgumentInElseOfLoop(ArgumentInLoop):
+    def forward(self, x: Tensor) -> Tensor:
+        total = 0.0
+        for turn in range(4):
+            if turn == 1:
+                total = total * 2.0
+            else:
+                x = self.act(self.up(x))
+                total = total + self.down(x)
+        return total
+
+
 class HalvesInLoop(MLP):
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +293,7 @@ class ArgumentInBranch(MLP):
 
 
 _NAMED = [Chained, ChainedLast, Augmented, AugmentedLast, Broken, Suppressed, ArgumentInLoop, HalvesInLoop]
-_NAMED += [ArgumentInBranch, ArgumentInBranchOfLoop]
+_NAMED += [ArgumentInBranch, ArgumentInBranchOfLoop, ArgumentInElseOfLoop]
 
 
 @pytest.mark.parametrize("kind", _NAMED)

@@ -15,7 +15,7 @@ from ckpt_kernels.plan.bench import PLAIN_CHECKPOINT, ChoiceByLayer
 from ckpt_kernels.plan.chain import predicted
 from ckpt_kernels.plan.costs import Checkpoint, Checkpointed, Cost, Stage, StageAt
 from ckpt_kernels.plan.marks import Segment
-from ckpt_kernels.plan.stages import Stages
+from ckpt_kernels.plan.stages import Stages, _undominated
 from ckpt_kernels.plan.timing import LONGEST, MANY, Pattern, _shared_in_runs, _typical
 from ckpt_kernels.runs import Place
 
@@ -38,6 +38,21 @@ def test_each_kind_of_layers_has_each_choice_often_enough(kinds: list[int], choi
         enough = MANY if size >= MANY else 3 if len(sizes) * MANY > len(kinds) else 1
         assert all(times[kind, choice] >= enough for choice in range(choices))
     assert 2 <= pattern.steps <= (choices if len(sizes) * MANY <= len(kinds) else 3 * choices)
+
+
+def test_the_choices_go_on_from_step_to_step() -> None:
+    """Also where the last stretch is shorter than the others."""
+    pattern = Pattern([0] * 45, 11)
+    assert pattern.longest == 2
+    first, second = pattern.choices(0), pattern.choices(1)
+    assert (first[-2], first[-1], second[0], second[2]) == (10, 0, 1, 2)
+
+
+def test_a_choice_that_is_better_within_a_checkpoint_alone_is_kept() -> None:
+    costs = {"none": Cost(10, 10, 5, 1.0, 2.0, inside=0.5), "output": Cost(10, 10, 5, 1.25, 2.0)}
+    assert _undominated(costs) == costs
+    costs["all"] = Cost(10, 10, 5, 1.25, 2.0, inside=0.25)
+    assert list(_undominated(costs)) == ["none", "output"]
 
 
 def test_layers_that_are_alike_need_few_timed_steps_in_stretches() -> None:
