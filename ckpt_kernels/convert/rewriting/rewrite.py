@@ -10,6 +10,7 @@ Operands are evaluated once and in the original order. The rest of the method st
 
 import ast
 import copy
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from ..code.scope import Scope
 from ..code.source import Definition, NoSource, decorator_chain, definition_of, rebuilt, redecorated
 from ..code.straight_line import OPAQUE, Block, blocks
 from ..code.syntax_trees import at, replaced, with_changed_children
+from ..code.wrapped_functions import check_wrapper
 from ..rules.function_trials import activation_function
 from . import fused_patterns
 from .callable_objects import replacing_call
@@ -68,6 +70,8 @@ def rewritten_method(method: types.FunctionType, roles: Roles, recompute: str) -
     if inner is None:
         return None
     function, descriptions = inner
+    for wrapper, wrapped in itertools.pairwise(chain):
+        check_wrapper(wrapper, wrapped)
     return Rewritten(redecorated(chain, function), descriptions)
 
 
