@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from .code.call_graph import inspects_own_class
+from .code.memoization import shared_results
 from .forward_contexts import ForwardContext
 from .late_modules import late_conversion_of
 from .native_guards import ACTIVATION, are_same
@@ -101,7 +102,8 @@ def swap(module: nn.Module, rule: Rule, contexts: tuple[ForwardContext, ...] = (
         raise NotSwapped("is pickled in a way of its own")
     methods = tuple((name, MethodSnapshot.of(getattr(kind, name))) for name in sorted({*rule.names, "forward"}))
     try:
-        converted = _converted_class(Conversion(kind, rule, contexts, methods, dict(methods)["forward"]))
+        with shared_results():
+            converted = _converted_class(Conversion(kind, rule, contexts, methods, dict(methods)["forward"]))
         object.__setattr__(module, "__class__", converted)
     except Exception as error:  # a user's __init_subclass__ or metaclass may raise anything
         raise NotSwapped("its class cannot be subclassed") from error
