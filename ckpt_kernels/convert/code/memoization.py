@@ -54,6 +54,8 @@ def memoized_for_good(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Result:
+        if len(lasting) >= _MAX_ENTRIES:
+            lasting.clear()
         return _kept(_results.get() if _is_local(arguments) else lasting, function, arguments)
 
     return call
@@ -69,8 +71,6 @@ def _kept(results: dict[tuple, Any] | None, function: Callable[..., Result], arg
         return function(*arguments)
     if result is _MISSING:
         result = function(*arguments)
-        if len(results) >= _MAX_ENTRIES:
-            results.clear()
         results[function, arguments] = result
     return result
 
