@@ -6,6 +6,7 @@ an argument. Allowed uses are to call the class, to format the class, and to rea
 
 import ast
 import inspect
+import re
 import types
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -19,6 +20,8 @@ from .scope import Scope
 from .source import NoSource, definition_of
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+# Functions with these globals take patterns and strings, and no modules.
+_OF_STRINGS = vars(re)
 # Methods that run before a conversion.
 _MAKERS = ("__init__", "__new__", "__init_subclass__")
 # Attributes of a class that a subclass does not inherit unchanged.
@@ -167,7 +170,7 @@ def _inspects_class(function: types.FunctionType, is_classmethod: bool, first: i
         first: the place of the first argument that counts.
     """
     code = function.__code__
-    if not is_classmethod and not {"type", "__class__"} & names_in(code):
+    if function.__globals__ is _OF_STRINGS or not (is_classmethod or {"type", "__class__"} & names_in(code)):
         return False
     try:
         tree = definition_of(function).tree
