@@ -254,7 +254,7 @@ PYTHON = (
         "ckpt_kernels/recompute/layer_boundaries.py",
         "held.is_saved and tensor._version == held.version else «held.copy»",
         "None",
-        "tests/test_layer_converted.py -k sixteen_bits",
+        "tests/test_layer_converted.py -k InFloat32",
     ),
     Mutant(
         "a shallow copy of a converted model takes its late conversion",
