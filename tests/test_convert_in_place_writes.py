@@ -1,4 +1,4 @@
-"""In-place writes to the input of a norm that computes in float32: eager torch saves a float32 copy of a 16-bit input."""
+"""In-place writes to the input of a norm in float32: eager torch saves a float32 copy of a 16-bit input."""
 
 import functools
 import operator
