@@ -1,6 +1,6 @@
 """In-place writes to the input of a norm in float32: eager torch saves a float32 copy of a 16-bit input."""
 
-import functools
+import copy
 import operator
 import types
 from collections.abc import Callable
@@ -21,16 +21,6 @@ LEVELS = ("block", "output", "all", "layer")
 def add(x: Tensor, y: Tensor) -> Tensor:
     x += y
     return x
-
-
-class Adder(nn.Module):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return add(x, y)
-
-    def method(self, x: Tensor, y: Tensor) -> Tensor:
-        return add(x, y)
-
-    static = staticmethod(add)
 
 
 others = types.ModuleType("others")
@@ -62,18 +52,6 @@ class Named(Layer):
         return getattr(others, self.name)(x, y)
 
 
-class Imported(Layer):
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        from operator import iadd
-
-        return iadd(x, y)
-
-
-class InList(Layer):
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.held[0](x, y)
-
-
 class Parent(nn.Module):
     """Calls a method of the layers that is not their forward."""
 
@@ -90,9 +68,9 @@ class Parent(nn.Module):
 class Residual(nn.Module):
     """Layers that write to their own input, after which the first layer's input is no more what the layer received."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Branch() for _ in range(3))
+        self.layers = nn.ModuleList(kind() for _ in range(3))
         self.embedding = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,30 +83,49 @@ class Residual(nn.Module):
 class Branch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.up, self.act, self.down = (
-            RMSNormInFloat32(WIDTH),
-            nn.Linear(WIDTH, WIDTH),
-            nn.GELU(),
-            nn.Linear(WIDTH, WIDTH),
-        )
+        self.norm, self.other_norm = RMSNormInFloat32(WIDTH), RMSNormInFloat32(WIDTH)
+        self.up, self.act, self.down = nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x += self.down(self.act(self.up(self.norm(x))))
+        x += self.mlp(self.norm(x))
+        x += self.mlp(self.other_norm(x))
         return x
+
+
+class ScaledAfter(Branch):
+    """Reads the input after a write."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        x *= 0.5
+        return x + self.mlp(y) + self.act(x)
+
+
+class OfASlice(Branch):
+    """The norm reads a part of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) + self.mlp(self.norm(x[:1])) + self.mlp(self.other_norm(x))
+
+
+class Transposed(Branch):
+    """The norm reads the input, which is square, in another order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) + self.mlp(self.norm(x.t())) + self.mlp(x)
 
 
 WRITERS: dict[str, Callable[[], nn.Module]] = {
     "function": lambda: Layer(add),
-    "object": lambda: Layer(Adder()),
-    "method": lambda: Layer(Adder().method),
-    "static method": lambda: Layer(Adder.static),
-    "partial": lambda: Layer(functools.partial(add)),
-    "operator": lambda: Layer(operator.iadd),
     "by name": lambda: Named(None),
-    "imported": lambda: Imported(None),
-    "in a list": lambda: InList([Adder()]),
     "method of a child": Parent,
-    "layers": Residual,
+    "twice": lambda: Residual(Branch),
+    "read after the write": lambda: Residual(ScaledAfter),
+    "norm of a slice": lambda: Residual(OfASlice),
+    "norm of a transposed input": lambda: Residual(Transposed),
 }
 
 
@@ -150,10 +147,14 @@ def test_a_writer_may_come_after_the_conversion(level: str) -> None:
 
 
 def assert_same_gradients(model: nn.Module, converted: nn.Module) -> None:
-    """Asserts gradients within a few roundings of bfloat16."""
-    x = random_tensor(5, WIDTH).bfloat16()
-    for each in (model, converted):
-        each(x).float().square().mean().backward()
-    for (name, p), q in zip(model.named_parameters(), converted.parameters(), strict=True):
-        error, size = (p.grad.double() - q.grad.double()).norm(), p.grad.double().norm()
-        assert error <= 2 * torch.finfo(torch.bfloat16).eps * size, name
+    """Asserts gradients with at most 1.5 times eager torch's error against float64, plus a rounding."""
+    truth = copy.deepcopy(model).double()
+    x = random_tensor(WIDTH, WIDTH).bfloat16()
+    for each in (truth, model, converted):
+        each(x.double() if each is truth else x).double().square().mean().backward()
+    for (name, p), q, t in zip(model.named_parameters(), converted.parameters(), truth.parameters(), strict=True):
+        if t.grad is None:
+            assert q.grad is None, name
+            continue
+        error, usual = ((grad.double() - t.grad).norm() for grad in (q.grad, p.grad))
+        assert error <= 1.5 * usual + torch.finfo(torch.bfloat16).eps * t.grad.norm(), name

@@ -49,7 +49,8 @@ class Discarder(State):
         """
         held = self._boundaries.of(tensor)
         if held is not None:
-            self._boundaries.add(copy, held)
+            if held.tensor() is tensor:
+                self._boundaries.add(copy, held)
         elif tensor._base is None and layout_of(copy) == layout_of(tensor):
             was_apart, self.is_apart = self.is_apart, True
             recipe = self._recipe_for(tensor)
@@ -127,7 +128,8 @@ class Discarder(State):
             torch._C._autograd._pop_saved_tensors_default_hooks()
         held = self._boundaries.of(tensor) if self.held and is_plain(tensor) else None
         cell = self._packed(tensor)
-        if held is not None:
+        # A view of a copy does not have all of the values.
+        if held is not None and (held.original is None or held.tensor() is tensor):
             held.saved(cell)
         return cell
 
