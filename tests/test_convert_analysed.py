@@ -249,6 +249,17 @@ class CountsSteps(FrozenNorm):
         return SCALES[type(self)] * self(x).square().mean()
 
 
+def test_methods_of_lightning_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lightning(MLP):
+        def hook(self, other: Any) -> bool:
+            return isinstance(other, self.__class__)
+
+    assert replacement_of(agrees(Lightning), "") is None
+    for module in ("lightning.pytorch.core.module", "pytorch_lightning.core.module"):
+        monkeypatch.setattr(Lightning.hook, "__module__", module)
+        assert replacement_of(agrees(Lightning), "") == "MLP"
+
+
 @pytest.mark.parametrize("kind", [TrainsBySuper, CountsSteps])
 def test_methods_beside_the_forward_that_read_the_class(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCALES, kind, 0.5)

@@ -131,8 +131,7 @@ def original_of(module: nn.Module) -> type[nn.Module]:
 
 
 def may_be_swapped(module: nn.Module) -> bool:
-    """Whether exchanging the class can change nothing else: the module's forward is a plain method of the class, and
-    neither the methods nor the code that the forward reaches tell the class from a subclass."""
+    """Whether the forward is a plain method of the class, and no code tells the class from a subclass."""
     kind = original_of(module)
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False

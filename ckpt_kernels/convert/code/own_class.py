@@ -22,6 +22,9 @@ from .source import NoSource, definition_of
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Functions with these globals take patterns and strings, and no modules.
 _OF_STRINGS = vars(re)
+# Files of base classes whose methods, beside the forward, read the class without effect: LightningModule asks whether
+# an object is the module itself or a data module.
+_HARMLESS = frozenset(("lightning.pytorch.core.module", "pytorch_lightning.core.module"))
 # Methods that run before a conversion.
 _MAKERS = ("__init__", "__new__", "__init_subclass__")
 # Attributes of a class that a subclass does not inherit unchanged.
@@ -51,9 +54,9 @@ def _code_inspects(kind: type[nn.Module]) -> bool:
     """Whether a method of the class, or a function that the forward may call, inspects the class."""
     methods = methods_of(kind)
     reached = reachable_functions(kind)
-    candidates = {function for function, name in methods.items() if name not in _MAKERS}
+    candidates = {f for f, name in methods.items() if name not in _MAKERS and f.__module__ not in _HARMLESS}
     # A plain function sees the module only if a method passes the module on.
-    candidates.update(reached if _passing_methods(kind) else ())
+    candidates.update(reached if _passing_methods(kind) else methods.keys() & set(reached))
     class_methods = {f for f, name in methods.items() if has_type(inspect.getattr_static(kind, name), classmethod)}
     # A classmethod that the forward does not call is called on the original class.
     candidates -= class_methods.difference(reached)
