@@ -239,6 +239,22 @@ def test_random_numbers_of_all_generators(kind: str, every: int) -> None:
         assert all(map(torch.equal, run(flat(tree)), run(tree)))
 
 
+def test_a_layer_may_put_the_state_of_a_generator_back() -> None:
+    def function(self: FunctionLayer, x: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            factor = torch.rand(())
+        return self.linear(x * factor).sin()
+
+    def run(tree: Tree) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = by_tree([FunctionLayer(function) for _ in range(3)], tree)
+        output = net(inputs())
+        torch.rand(3)
+        return list(torch.autograd.grad(output.square().sum(), list(net.parameters())))
+
+    assert all(map(torch.equal, run(flat(NESTED)), run(NESTED)))
+
+
 def test_layers_that_differ_when_recomputed_are_recorded() -> None:
     layers = [FunctionLayer(lambda self, x: (x * (1.0 + is_repeating())).sin()), FunctionLayer(lambda self, x: x.sin())]
     net = by_tree(layers, Tree(["none"], ["none"]))
