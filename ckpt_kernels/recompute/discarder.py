@@ -158,8 +158,10 @@ class Discarder(State):
         return cell, isinstance(source, Tensor)
 
     def _source_of(self, tensor: Tensor) -> Recipe | Tensor | None:
-        """The recipe of a tensor, as `_recipe_for`, also of a total. Tensors that are packed for recipes do not count as
-        saved by the announced op."""
+        """The result of `_recipe_for`, or the recipe of a total.
+
+        Tensors that are packed for recipes do not count as saved by the announced op.
+        """
         was_apart, self.is_apart = self.is_apart, True
         try:
             source = None if self.is_closed else self._recipe_for(tensor)
