@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .arguments import size
+from .convert.code.memoization import shared_results
 from .convert.module_tree import named_modules, tensors_of
 from .convert.rules.rule import Forward
 from .convert.swap import add_forward_context, may_be_swapped
@@ -86,7 +87,9 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
     chosen = [name for name in chosen if not any(name.startswith(f"{above}.") for above in chosen)]
     if not chosen:
         raise ValueError(f"layers is {layers!r}; expected a name, with * and ?, that fits a module")
-    if unfit := [name for name in chosen if not may_be_swapped(names[name])]:
+    with shared_results():
+        unfit = [name for name in chosen if not may_be_swapped(names[name])]
+    if unfit:
         raise ValueError(
             f"layers is {layers!r}; expected layers whose forward is a plain method, which {unfit[0]}'s is not"
         )

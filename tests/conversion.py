@@ -67,3 +67,15 @@ def mlps() -> nn.Sequential:
     """Three sequences, each of a norm, a linear layer and an activation."""
     torch.manual_seed(0)
     return nn.Sequential(*[nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(3)])
+
+
+class RMSNormInFloat32(nn.Module):
+    """Llama's norm, of which eager torch saves a float32 copy of a 16-bit input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)

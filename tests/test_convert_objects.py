@@ -8,6 +8,8 @@ import io
 import pickle
 import sys
 from collections.abc import Callable
+from inspect import currentframe as this_frame
+from inspect import stack as frames
 from typing import Any, ClassVar
 
 import pytest
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .conversion import WIDTH, replacement_of
+from .conversion import WIDTH, reason_of, replacement_of
 from .test_convert_replaced import LEVELS, MLP
 from .test_convert_source import twins
 from .test_convert_tried import rows
@@ -363,3 +365,88 @@ def test_functions_that_read_the_callers_frame(kind: type[nn.Module]) -> None:
     ckpt_kernels.convert(converted)
     torch.testing.assert_close(converted(rows()), model(rows()))
     assert converted.seen == model.seen
+
+
+def noted(found: list[str]) -> None:
+    """Keeps a sorted copy, without a name in common with frames."""
+    SEEN[:] = sorted(found)
+
+
+SEEN: list[str] = []
+
+
+class Stacks(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        self.up.eval()
+        self.eval()
+        return torch.stack([self.down(self.act(self.up(x)))])
+
+
+def test_attributes_with_the_names_of_frame_functions() -> None:
+    model, converted = twins(Stacks)
+    report = ckpt_kernels.convert(converted)
+    assert replacement_of(report, "") == "MLP"
+    torch.testing.assert_close(converted(rows()), model(rows()))
+
+
+class ListsLocals(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(self.act(self.up(x)))
+        noted(list(locals()))
+        return y
+
+
+class ListsLocalsByAnotherName(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(self.act(self.up(x)))
+        noted(list(this_frame().f_locals))
+        return y
+
+
+class ListsLocalsByAnImport(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        from inspect import stack as records
+
+        y = self.down(self.act(self.up(x)))
+        noted(list(records()[0].frame.f_locals))
+        return y
+
+
+class ListsLocalsByAnUnknownObject(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        import sys as system
+
+        y = self.down(self.act(self.up(x)))
+        noted(list(system._getframe().f_locals))
+        return y
+
+
+def names_by_record() -> None:
+    noted(list(frames()[1].frame.f_locals))
+
+
+class ListsLocalsByACallee(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.up(x))
+        y = self.down(h)
+        names_by_record()
+        return y
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ListsLocals,
+        ListsLocalsByAnotherName,
+        ListsLocalsByAnImport,
+        ListsLocalsByAnUnknownObject,
+        ListsLocalsByACallee,
+    ],
+)
+def test_frame_functions_of_any_name(kind: type[nn.Module]) -> None:
+    model, converted = twins(kind)
+    report = ckpt_kernels.convert(converted)
+    expected, seen = model(rows()), list(SEEN)
+    torch.testing.assert_close(converted(rows()), expected)
+    assert seen == SEEN
+    assert "stack frame" in reason_of(report, "")

@@ -13,6 +13,10 @@ import ckpt_kernels
 from ckpt_kernels import is_converted
 
 from .conftest import DEVICE
+from .conversion import reason_of, replacement_of
+from .test_convert_replaced import MLP
+from .test_convert_source import twins
+from .test_convert_tried import rows
 
 WIDTH = 8
 
@@ -377,3 +381,109 @@ class ReadsTable(Annotated):
 
 def test_lazy_tables_are_not_loaded() -> None:
     ckpt_kernels.convert(ReadsTable())
+
+
+# Decorators that use the function for more than calling it
+
+TIMES: dict[Callable[..., Tensor], int] = {}
+
+
+def as_key(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    TIMES[forward] = 0
+
+    @functools.wraps(forward)
+    def wrapper(self: Any, x: Tensor) -> Tensor:
+        TIMES[forward] += 1
+        return forward(self, x)
+
+    return wrapper
+
+
+def with_attribute(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def wrapper(self: Any, x: Tensor) -> Tensor:
+        TIMES[wrapper.__wrapped__] = forward.calls = getattr(forward, "calls", 0) + 1
+        return forward(self, x)
+
+    return wrapper
+
+
+def passed_on(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def wrapper(self: Any, x: Tensor) -> Tensor:
+        return counted_call(forward, self, x)
+
+    return wrapper
+
+
+def counted_call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    TIMES[function] = TIMES.get(function, 0) + 1
+    return function(*args)
+
+
+def by_locals(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def wrapper(self: Any, x: Tensor) -> Tensor:
+        function = locals()["forward"]
+        TIMES[function] = TIMES.get(function, 0) + 1
+        return forward(self, x)
+
+    return wrapper
+
+
+def in_a_table(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def wrapper(self: Any, x: Tensor) -> Tensor:
+        function = {}.get("eager", forward)
+        TIMES[function] = TIMES.get(function, 0) + 1
+        return function(self, x)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("decorator", [as_key, with_attribute, passed_on, by_locals, in_a_table])
+def test_a_decorator_that_uses_the_function_for_more_than_the_call(decorator: Callable[..., Any]) -> None:
+    class Model(MLP):
+        @decorator
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.act(self.up(x)))
+
+    inner = Model.forward.__wrapped__
+    model, converted = twins(Model)
+    report = ckpt_kernels.convert(converted)
+    expected = model(rows())
+    torch.testing.assert_close(converted(rows()), expected)
+    assert TIMES[inner] == 2
+    assert "a decorator of forward" in reason_of(report, "")
+
+
+def only_called(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def wrapper(self: Any, x: Tensor) -> Tensor:
+        function = TABLE.chosen("eager", forward)
+        if forward.__name__ == "forward" and "x" in forward.__code__.co_varnames and self.training:
+            return functools.partial(forward, self)(x)
+        return function(self, x)
+
+    return wrapper
+
+
+class Table(dict):
+    def chosen(self, key: str, default: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return super().get(key, default)
+
+
+TABLE = Table()
+
+
+class OnlyCalled(MLP):
+    @only_called
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+def test_a_decorator_that_only_calls_the_function() -> None:
+    model, converted = twins(OnlyCalled)
+    assert replacement_of(ckpt_kernels.convert(converted), "") == "MLP"
+    for training in (True, False):
+        torch.testing.assert_close(converted.train(training)(rows()), model.train(training)(rows()))

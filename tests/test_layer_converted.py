@@ -15,6 +15,7 @@ from ckpt_kernels.memory import saved_bytes
 from ckpt_kernels.recompute import layer
 
 from .conftest import DEVICE
+from .conversion import RMSNormInFloat32
 from .test_layer import HEADS, TOKENS, WIDTH, assert_same_bits, gradients
 
 
@@ -79,13 +80,33 @@ def encoder_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, 0.0, batch_first=True, norm_first=True)
 
 
-@pytest.mark.parametrize(("kind", "kept"), [(PreNorms, 2.0), (PostNorms, 2.0), (Sandwich, 2.0), (encoder_layer, 7.0)])
-def test_converted_layers_keep_input_and_attention_output(kind: Callable[[], nn.Module], kept: float) -> None:
+class InFloat32(PreNorms):
+    """Norms that compute in float32. In 16 bits they save a copy of their input, because eager torch, which saves a
+    float32 copy, allows a write to it. Recipes read these copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = RMSNormInFloat32(WIDTH), RMSNormInFloat32(WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kept"),
+    [
+        (PreNorms, torch.float32, 2.0),
+        (PostNorms, torch.float32, 2.0),
+        (Sandwich, torch.float32, 2.0),
+        (encoder_layer, torch.float32, 7.0),
+        (InFloat32, torch.bfloat16, 2.0),
+    ],
+)
+def test_converted_layers_keep_input_and_attention_output(
+    kind: Callable[[], nn.Module], dtype: torch.dtype, kept: float
+) -> None:
     """Every module of a list that norms its input is a layer. torch's own encoder layer keeps more: its attention
     copies queries, keys and values, and nothing keeps the operands of its sums."""
     torch.manual_seed(0)
-    model = Stack(kind).to(DEVICE)
-    x = torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
+    model = Stack(kind).to(DEVICE, dtype)
+    x = torch.randn(2, TOKENS, WIDTH, device=DEVICE, dtype=dtype).requires_grad_()
     found = {}
     for level in ("all", "layer"):
         ckpt_kernels.convert(model, recompute=level)
@@ -93,38 +114,6 @@ def test_converted_layers_keep_input_and_attention_output(kind: Callable[[], nn.
     assert_same_bits(found["layer"], found["all"])
     small_tensors = 2 * TOKENS * 4 * (8 + HEADS) + 10 * WIDTH * 4
     assert saved_bytes(model, x) <= 3 * (kept * x.nbytes + small_tensors)
-
-
-class InSixteenBits(PreNorms):
-    """Norms that compute in float32, of which eager torch saves a float32 copy of the input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = RMSNorm(), RMSNorm()
-
-
-class RMSNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
-
-
-def test_a_layer_keeps_one_copy_of_its_input_in_sixteen_bits() -> None:
-    """The norms save copies, because eager torch allows a write to their input. Recipes read these."""
-    torch.manual_seed(0)
-    model = Stack(InSixteenBits).to(DEVICE, torch.bfloat16)
-    x = torch.randn(2, TOKENS, WIDTH, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
-    found = {}
-    for level in ("all", "layer"):
-        ckpt_kernels.convert(model, recompute=level)
-        found[level] = gradients(model, model, x)
-    assert_same_bits(found["layer"], found["all"])
-    small_tensors = 2 * TOKENS * 4 * (8 + HEADS) + 10 * WIDTH * 4
-    assert saved_bytes(model, x) <= 3 * (2 * x.nbytes + small_tensors)
 
 
 class Bottleneck(PreNorms):

@@ -18,7 +18,7 @@ from .. import offload
 from ..functional.mlps import tiles_for
 from ..memory import kept_bytes
 from ..model_argument import check_model
-from .code.memoization import forget_local_results
+from .code.memoization import shared_results
 from .late_modules import remove_late_conversion
 from .model_conversion import ModelConversion
 from .module_levels import Levels, LevelSource
@@ -100,12 +100,11 @@ def convert(
     before = None if inputs is None else kept_bytes(model, inputs, revert)
     revert(model)
     try:
-        report = ModelConversion(model, levels, *choices, tiles).run(heads)
+        with shared_results():
+            report = ModelConversion(model, levels, *choices, tiles).run(heads)
     except BaseException:
         revert(model)
         raise
-    finally:
-        forget_local_results()
     return report if before is None else replace(report, kept=(before, kept_bytes(model, inputs)))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..levels import NONE
 from .adapters import is_adapter
-from .code.memoization import forget_local_results
+from .code.memoization import shared_results
 from .late_modules import LATE_CLASSES, LateConversion, module_entries, set_late_conversion
 from .module_tree import modules_of, named_modules
 from .report import LeftAlone, Replaced
@@ -105,10 +105,8 @@ class ContinuedConversion(LateConversion):
     def _converter(self, model: nn.Module) -> Iterator[tuple[LeafConverter, dict[nn.Module, str]]]:
         """A converter of the model's modules, and their names."""
         names = {module: name for name, module in named_modules(model)}
-        try:
+        with shared_results():
             yield LeafConverter(Selection(model, *self._choices), self._replaced, self._left_alone), names
-        finally:
-            forget_local_results()
 
     def _level_of(self, name: str) -> str:
         """The level of that module; without one, the level of the nearest module around that has one."""

@@ -58,6 +58,8 @@ class ModelConversion(LeafConverter):
         # All layers share one, because each layer fetches the tensors of the layer before it.
         self.offloading = offload.Offloading(offload.LEAST)
         self.above = above_lists(model)
+        # Why the methods of modules that are left alone could not be read or rewritten.
+        self.unread: dict[nn.Module, str] = {}
         names = {module: name for name, module in named_modules(model)}
         by_name = {"": levels.of(model)} | {names[module]: levels.of(module) for module in levels.named}
         candidates = late_candidates(model)
@@ -96,6 +98,7 @@ class ModelConversion(LeafConverter):
         reason = ""
         if rule is None:
             rule, reason = rewritten_methods_of(module, self.levels.of(module), self.selection.covers)
+        self.unread[module] = reason
         if rule is not None:
             self.apply(name, module, rule)
         elif looks_like_mlp(module, self.selection.covers):
@@ -110,7 +113,7 @@ class ModelConversion(LeafConverter):
         if has_reason or not self.selection.covers(module) or any(m in self.rules for m in modules_of(module)):
             return
         if several := looks_like_several(module):
-            self.leave(name, module, f"looks like {several}, and {_ONE_BY_ONE}")
+            self.leave(name, module, f"looks like {several}, and {self.unread.get(module) or _ONE_BY_ONE}")
         elif not self.replaced and looks_like_activation(module):
             writes = is_set(module, "inplace") and name_of(module) not in KEPT_BY_OUTPUT
             self.leave(name, module, _WRITES_OVER if writes else _KEEPS_OUTPUT)

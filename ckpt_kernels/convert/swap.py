@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 from torch import nn
 
-from .code.call_graph import inspects_own_class
+from .code.memoization import shared_results
+from .code.own_class import inspects_own_class
 from .forward_contexts import ForwardContext
 from .late_modules import late_conversion_of
 from .native_guards import ACTIVATION, are_same
@@ -101,7 +102,8 @@ def swap(module: nn.Module, rule: Rule, contexts: tuple[ForwardContext, ...] = (
         raise NotSwapped("is pickled in a way of its own")
     methods = tuple((name, MethodSnapshot.of(getattr(kind, name))) for name in sorted({*rule.names, "forward"}))
     try:
-        converted = _converted_class(Conversion(kind, rule, contexts, methods, dict(methods)["forward"]))
+        with shared_results():
+            converted = _converted_class(Conversion(kind, rule, contexts, methods, dict(methods)["forward"]))
         object.__setattr__(module, "__class__", converted)
     except Exception as error:  # a user's __init_subclass__ or metaclass may raise anything
         raise NotSwapped("its class cannot be subclassed") from error
@@ -129,12 +131,13 @@ def original_of(module: nn.Module) -> type[nn.Module]:
 
 
 def may_be_swapped(module: nn.Module) -> bool:
-    """Whether exchanging the class can change nothing else: the module's forward is a plain method of the class, and no
-    code that the forward reaches reads the module's class."""
+    """Whether the forward is a plain method of the class, and no code tells the class from a subclass."""
     kind = original_of(module)
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
-    return is_plain_method(inspect.getattr_static(kind, "forward", None)) and not inspects_own_class(kind)
+    return is_plain_method(inspect.getattr_static(kind, "forward", None)) and not inspects_own_class(
+        module, original_of
+    )
 
 
 def is_plain_method(method: Any) -> bool:

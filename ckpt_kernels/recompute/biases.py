@@ -30,7 +30,7 @@ class Biases:
         return leaf.detach().clone() if is_bias and self.is_unchanged(leaf) else None
 
     def cast(self, node: Any, first_node: int) -> Tensor | None:
-        """The same for a bias that autocast cast; `first_node` is the first that was made since the forward pass began.
+        """A copy of a bias that autocast cast, by the cast's node. `first_node` is the context's first node, by number.
 
         The node keeps the copy, because autocast casts a bias once for several forward passes.
         """

@@ -39,7 +39,8 @@ class discard_outputs(contextlib.ContextDecorator):
     Outputs of torch's own cheap ops are discarded too, such as the product in `linear(silu(gate) * value)`. The
     autograd graph must show how the output was made from tensors that the graph keeps anyway, and none of these may
     have been written to where autograd does not see the write. No hook sees writes through `.data` or by foreign
-    kernels. The recipe keeps a copy of a bias; writes to the bias are seen only if `module` is given.
+    kernels. Ops that ran before the context do not run again. The recipe keeps a copy of a bias; writes to the bias are
+    seen only if `module` is given.
 
     Kept tensors keep their values. A parameter that is given other data before the backward pass (`p.data = other`)
     gets the gradient for the values that the forward pass used, as with torch's own matrix products. A custom

@@ -49,11 +49,10 @@ class Discarder(State):
         """
         held = self._boundaries.of(tensor)
         if held is not None:
-            self._boundaries.add(copy, held)
+            if held.tensor() is tensor:
+                self._boundaries.add(copy, held)
         elif tensor._base is None and layout_of(copy) == layout_of(tensor):
-            was_apart, self.is_apart = self.is_apart, True
-            recipe = self._recipe_for(tensor)
-            self.is_apart = was_apart
+            recipe = self._source_of(tensor)
             if isinstance(recipe, Recipe) and recipe.depth <= LONGEST_CHAIN:
                 self.all_entries.add(Entry(copy, lambda: recipe))
 
@@ -127,7 +126,8 @@ class Discarder(State):
             torch._C._autograd._pop_saved_tensors_default_hooks()
         held = self._boundaries.of(tensor) if self.held and is_plain(tensor) else None
         cell = self._packed(tensor)
-        if held is not None:
+        # A view of a copy does not have all of the values.
+        if held is not None and (held.original is None or held.tensor() is tensor):
             held.saved(cell)
         return cell
 
@@ -145,11 +145,7 @@ class Discarder(State):
 
     def _traced_or_kept(self, tensor: Tensor, node: Any) -> tuple[Cell, bool]:
         """The cell of a tensor; and whether a later recipe may replace the tensor in all cells."""
-        was_apart, self.is_apart = self.is_apart, True
-        source = None if self.is_closed else self._recipe_for(tensor)
-        if source is None and self.announced is not None and self.announced.total is not None:
-            source = self._recipe_of_total(self.announced, self.announced.total, tensor)
-        self.is_apart = was_apart
+        source = self._source_of(tensor)
         if isinstance(source, Recipe) and source.depth <= LONGEST_CHAIN:
             content: Operand = Claim(source, geometry_of(tensor))
             watch = watch_of(tensor, self.all_entries.of(tensor))
@@ -160,6 +156,20 @@ class Discarder(State):
         if isinstance(source, Tensor):
             register_keeper(source, tensor, cell)
         return cell, isinstance(source, Tensor)
+
+    def _source_of(self, tensor: Tensor) -> Recipe | Tensor | None:
+        """The result of `_recipe_for`, or the recipe of a total.
+
+        Tensors that are packed for recipes do not count as saved by the announced op.
+        """
+        was_apart, self.is_apart = self.is_apart, True
+        try:
+            source = None if self.is_closed else self._recipe_for(tensor)
+            if source is None and self.announced is not None and self.announced.total is not None:
+                source = self._recipe_of_total(self.announced, self.announced.total, tensor)
+            return source
+        finally:
+            self.is_apart = was_apart
 
     def _kept(self, tensor: Tensor) -> tuple[Operand, Tensor | None]:
         """The content of a kept tensor, packed by the outer hooks if there are any; and the version watch."""

@@ -3,7 +3,7 @@
 In the usual cases C (cells.cpp, records.cpp) creates the same objects of the same classes as the Python code: cells of
 tensors that are certainly kept, cells of blocks' outputs and of their views, and recipes that read only tensors that a
 block's node keeps. C (unpacking.cpp) unpacks kept tensors, and runs such recipes for their only reader. In all other
-cases, and for every error, the Python code runs.
+cases the Python code runs, also after an error in C, so that a recipe that raises runs twice.
 """
 
 from collections.abc import Callable

@@ -54,15 +54,19 @@ class LayerBoundaries:
         return held
 
     def made_by(self, node: Any, output: int) -> Tensor | Cell | None:
-        """The boundary tensor that is this output of a node, if a node saves the tensor and there was no in-place write
-        since; else the cell of a saved copy."""
+        """The boundary tensor that is this output of a node, or the cell of a saved copy of the whole tensor.
+
+        None if no node saves one of the two, or after an in-place write to the tensor.
+        """
         for held in self.held.values():
             tensor = held.tensor()
             if tensor is None or tensor.output_nr != output or not tensor.requires_grad:
                 continue
             # Of a leaf that a checkpoint has unpacked the node knows another tensor, so that the nodes are compared.
             if get_gradient_edge(tensor).node is node:
-                return tensor if held.is_saved and tensor._version == held.version else held.copy
+                if tensor._version != held.version:
+                    return None
+                return tensor if held.is_saved else held.copy
         return None
 
     def clear(self) -> None:

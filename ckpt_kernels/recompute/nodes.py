@@ -19,12 +19,12 @@ from .small_operands import SmallOperand
 Edge = tuple[Any, int]
 # The name of the node that accumulates the gradient of a leaf.
 LEAF = "torch::autograd::AccumulateGrad"
-# Keys in a node's metadata. Of a note, with an entry for each operand: the value of a number, the `SmallOperand` of a
-# small tensor, else None. (`csrc/thin/graph.cpp` reads notes too.) And of the version watch of an output, with the
-# number of that output.
+# The key of a note in a node's metadata, with an entry for each operand: the value of a number, the `SmallOperand` of a
+# small tensor, else None. `csrc/thin/graph.cpp` reads notes too.
 _NOTED = "ckpt_kernels"
+# The key of the number of an output with the version watch of that output.
 _WATCHED = "ckpt_kernels watched"
-# And of the cast copy of a bias.
+# The key of the cast copy of a bias.
 _COPIED = "ckpt_kernels copied"
 NUMBERS = (int, float)
 # The sequence number of the next node that this thread makes.
@@ -155,7 +155,7 @@ def watch(tensor: Tensor) -> None:
 
 
 def is_watched(node: Any, output: int) -> bool:
-    """Whether a node's output is version_watch, and has had no in-place write."""
+    """Whether a node's output is watched, and has had no in-place write."""
     number, output_watch = node.metadata.get(_WATCHED, (None, None))
     return number == output and output_watch is not None and output_watch._version == 0
 

@@ -18,7 +18,7 @@ class Rule(NamedTuple):
       that the node does not save. Without `saved`, `function` takes the operands of all edges as one sequence.
     - `options` reads the op's other arguments from the node.
     - `private` says that torch made the first operand itself and gave it to nobody else.
-    - `autocast_operand` is the place of an operand of which the same holds if autocast cast it.
+    - `autocast_operand` is the place of a bias. If autocast cast the bias, the recipe reads a copy (`Biases.cast`).
     - `extras` names saved tensors, one or several, that have no gradient and no edge.
     - `has_several_outputs` says that `function` returns a sequence, with an item for each output of the node.
     - `omitted` counts the last operands that the node lacks.

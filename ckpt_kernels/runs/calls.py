@@ -53,7 +53,9 @@ class Saved:
 
 
 class Call:
-    """A layer's call, and how to repeat it."""
+    """A layer's call, and how to repeat it. The run sets `random`, the state of the generators before the call."""
+
+    random: RandomState
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place], held: Held) -> None:
         self.function = function
@@ -63,7 +65,6 @@ class Call:
         self.kwargs: dict[str, Any] = {}
         self.saved: list[weakref.ref[Saved]] = []
         self.written: list[BufferSnapshot] = []
-        self.random: RandomState | None = None
         self.autocast = autocast_state()
         self.backend = backends.chosen()
         self.parameters = _versions_of(held.parameters)
@@ -80,17 +81,14 @@ class Call:
         # A sharded layer gathers its weights in hooks of the module. For a single layer the backward pass has gathered
         # them.
         function = self.module if not alone and is_sharded(self.module) else self.function
-        # The contexts below usually change nothing, and take as long as a small kernel.
-        is_same_backend, is_same_autocast = backends.chosen() == self.backend, autocast_state() == self.autocast
-        if is_same_backend and is_same_autocast and not self.written and self.random is None:
-            return list(tensors_among(function(*args, **kwargs)))
         with contextlib.ExitStack() as stack:
-            stack.enter_context(backends.serving(self.backend))
+            # The state is restored also if nothing was drawn: a layer may put a generator's state back itself.
+            stack.enter_context(self.random.restored())
             for buffer in self.written:
                 stack.enter_context(buffer.restored())
-            if self.random is not None:
-                stack.enter_context(self.random.restored())
-            if not is_same_autocast:
+            if backends.chosen() != self.backend:
+                stack.enter_context(backends.serving(self.backend))
+            if autocast_state() != self.autocast:
                 for device, options in self.autocast:
                     stack.enter_context(torch.autocast(device, **options))
             return list(tensors_among(function(*args, **kwargs)))

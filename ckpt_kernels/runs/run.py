@@ -71,8 +71,6 @@ class Run:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, Saved.get):
             output = call.function(*args, **kwargs)
-        if call.places[0].is_last:
-            self._forgets_random_state()
         call.written = [buffer for buffer in buffers if buffer.is_written()]
         for number, tensor in enumerate(tensors_among(output)):
             link = Link(len(self._calls) - 1, number)
@@ -84,24 +82,14 @@ class Run:
 
         Reading all states takes as long as a small layer, so calls share a state while nothing is drawn.
         """
-        is_current = self._forgets_random_state()
         before = thread.random
+        is_current = before is not None and before.is_current()
         devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
         if before is not None and is_current and not devices and not held.generators:
             return before
         on_devices = [torch.cuda.default_generators[index] for index in sorted(devices)]
         thread.random = RandomState.now((torch.default_generator, *on_devices, *held.generators), before)
         return thread.random
-
-    def _forgets_random_state(self) -> bool:
-        """Whether nothing has been drawn since the last call in this thread began.
-
-        If that was a call of this run, the call needs no random state.
-        """
-        is_current = thread.random is not None and thread.random.is_current()
-        if is_current and self._calls and self._calls[-1].random is thread.random:
-            self._calls[-1].random = None
-        return is_current
 
     def _recorded(self, value: Any, discarder: Discarder | None) -> Any:
         """The recorded form of an argument: tensors are replaced by links and kept inputs."""

@@ -17,7 +17,6 @@ class State(threading.local):
     """The run that the next layer may continue, and whether a layer of a run is running (`within`) or running again."""
 
     def __init__(self) -> None:
-        # The run that the next layer may go on with; and whether a layer of one runs, or runs again.
         self.open: weakref.ref[Run] | None = None
         self.within = False
         self.repeating = False

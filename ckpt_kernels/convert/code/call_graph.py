@@ -1,13 +1,11 @@
 """Call graph of a module's forward: the Python functions that the forward may call, by the names in their code."""
 
-import ast
 import dis
 import functools
-import inspect
 import os
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch import nn
 
 from .code_objects import cell_value, has_type, names_in
 from .memoization import memoized
-from .source import NoSource, decorator_chain, definition_of
+from .source import NoSource, decorator_chain
 
 # The directory of torch's files.
 _TORCH_DIRECTORY = os.path.join(os.path.dirname(torch.__file__), "")
@@ -47,16 +45,37 @@ def functions_reachable_from(value: Any, kind: type) -> tuple[types.FunctionType
         if function in seen or belongs_to_torch(function):
             continue
         seen.add(function)
-        try:
-            *wrappers, undecorated = decorator_chain(function)
-        except NoSource:
-            wrappers, undecorated = [], function
-        # Decorators of other files are trusted to do nothing with tensors and classes.
-        file = undecorated.__code__.co_filename
-        for part in (undecorated, *(wrapper for wrapper in wrappers if wrapper.__code__.co_filename == file)):
+        for part in _parts(function):
             reached.append(part)
             waiting += _named_in(part, kind)
     return tuple(reached)
+
+
+def _parts(function: types.FunctionType) -> list[types.FunctionType]:
+    """The undecorated function, and the wrappers of decorators in the function's file.
+
+    Decorators of other files are trusted to do nothing with tensors and classes.
+    """
+    try:
+        *wrappers, undecorated = decorator_chain(function)
+    except NoSource:
+        return [function]
+    file = undecorated.__code__.co_filename
+    return [undecorated, *(wrapper for wrapper in wrappers if wrapper.__code__.co_filename == file)]
+
+
+@memoized
+def methods_of(kind: type) -> dict[types.FunctionType, str]:
+    """All functions that are attributes of the class and its bases, wherever they were defined, with their names.
+
+    Without the functions of torch.
+    """
+    methods: dict[types.FunctionType, str] = {}
+    for owner in kind.__mro__:
+        for name, value in () if belongs_to_torch(owner) else vars(owner).items():
+            functions = (f for f in functions_held_by(value) if not belongs_to_torch(f))
+            methods.update((part, name) for function in functions for part in _parts(function))
+    return methods
 
 
 def _named_in(function: types.FunctionType, kind: type) -> Iterator[types.FunctionType]:
@@ -120,8 +139,7 @@ def functions_held_by(value: Any, depth: int = _DEPTH) -> Iterator[types.Functio
 @memoized
 def stores_attributes(kind: type[nn.Module]) -> bool:
     """Whether methods that the forward may call set attributes of any object."""
-    owners = {owner.__qualname__ for owner in kind.__mro__}
-    methods = (f for f in reachable_functions(kind) if f.__qualname__.rpartition(".")[0] in owners)
+    methods = (function for function in reachable_functions(kind) if function in methods_of(kind))
     return any(_stores_attributes(method.__code__) for method in methods)
 
 
@@ -129,80 +147,6 @@ def _stores_attributes(code: types.CodeType) -> bool:
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
     stores = any(step.opname in ("STORE_ATTR", "DELETE_ATTR") for step in dis.get_instructions(code))
     return stores or "setattr" in code.co_names or any(map(_stores_attributes, inner))
-
-
-@memoized
-def inspects_own_class(kind: type[nn.Module]) -> bool:
-    """Whether code that the forward may call uses the module's class in a way that tells a subclass from the class.
-
-    Calling the class, formatting it and reading inherited attributes do not.
-    """
-    owners = {owner.__qualname__ for owner in kind.__mro__}
-    methods: list[types.FunctionType] = []
-    others: list[types.FunctionType] = []
-    for function in reachable_functions(kind):
-        is_method = function.__qualname__.rpartition(".")[0] in owners and function.__code__.co_argcount > 0
-        (methods if is_method else others).append(function)
-    # A plain function sees the module only if a method passes the module on.
-    candidates = methods + (others if any(map(_passes_self_on, methods)) else [])
-    return any(_inspects_class(function, kind) for function in candidates)
-
-
-def _passes_self_on(method: types.FunctionType) -> bool:
-    """Whether a method uses `self` for anything but reading and setting attributes."""
-    try:
-        tree = definition_of(method).tree
-    except NoSource:
-        return True
-    self_name = method.__code__.co_varnames[0]
-    owners_of_attributes = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    selves = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == self_name)
-    return any(id(node) not in owners_of_attributes for node in selves)
-
-
-# Attributes of a class that a subclass does not inherit unchanged.
-_NOT_INHERITED = frozenset("__annotations__ __base__ __bases__ __dict__ __mro__ __subclasses__ mro".split())
-
-
-def _inspects_class(function: types.FunctionType, kind: type[nn.Module]) -> bool:
-    code = function.__code__
-    is_classmethod = isinstance(inspect.getattr_static(kind, code.co_name, None), classmethod)
-    if not is_classmethod and not {"type", "__class__"} & names_in(code):
-        return False
-    try:
-        tree = definition_of(function).tree
-    except NoSource:
-        return True
-    arguments = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-    for parent in ast.walk(tree):
-        for child in ast.iter_child_nodes(parent):
-            if not (_is_class_of(child, arguments) or (is_classmethod and _is_name(child, {code.co_varnames[0]}))):
-                continue
-            reads_inherited = (
-                isinstance(parent, ast.Attribute)
-                and isinstance(parent.ctx, ast.Load)
-                and parent.attr not in _NOT_INHERITED
-            )
-            # `str(type(self))` is the same for the converted class.
-            is_called = isinstance(parent, ast.Call) and (
-                parent.func is child or _is_name(parent.func, ("str", "repr"))
-            )
-            if not (reads_inherited or is_called or isinstance(parent, ast.FormattedValue)):
-                return True
-    return False
-
-
-def _is_class_of(node: ast.AST, names: Collection[str]) -> bool:
-    """Whether a node is `type(name)` or `name.__class__` for one of these names."""
-    if isinstance(node, ast.Attribute):
-        return node.attr == "__class__" and _is_name(node.value, names)
-    if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "type" or len(node.args) != 1:
-        return False
-    return _is_name(node.args[0], names)
-
-
-def _is_name(node: ast.AST, names: Collection[str]) -> bool:
-    return isinstance(node, ast.Name) and node.id in names
 
 
 def is_unpatched(method: Any) -> bool:

@@ -4,19 +4,27 @@ The frame of a rewritten function keeps the file, the line and the name of the o
 """
 
 import ast
+import inspect
+import sys
 import types
+from collections.abc import Collection, Iterator
 from typing import Any
 
+from torch import nn
+
 from .call_graph import belongs_to_torch
-from .code_objects import has_type, names_in
+from .code_objects import cell_value, has_type, names_in
+from .scope import UNKNOWN, Scope
 from .source import NoSource, definition_of
 
 # Prefix of the names that a rewrite adds to a function.
 PREFIX = "_ckpt_kernels_"
-# A function that uses one of these names may inspect the function's own frame.
-_OWN_FRAME = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe", "stack"))
-# A function that uses one of these names may inspect the caller's frame.
-_CALLERS_FRAME = frozenset(("_getframe", "currentframe", "f_back", "f_locals"))
+# Functions that give a function access to the frames on the stack.
+_STACK: tuple[Any, ...] = (sys._getframe, sys._current_frames, inspect.currentframe, inspect.stack, inspect.trace)
+# Functions that give a function access to the function's own frame.
+_OWN_FRAME = (*_STACK, locals, vars, eval, exec, dir)
+# Attributes of frames that lead to the caller's frame, or to locals.
+_OF_FRAMES = frozenset(("f_back", "f_locals"))
 _GENERATOR_OR_COROUTINE = 0x20 | 0x80 | 0x100 | 0x200
 
 # Fields of a frame record that a rewrite keeps, and the expression that lists the records.
@@ -24,27 +32,104 @@ _OUTER_FRAMES = "inspect.getouterframes(inspect.currentframe())"
 _LOCATION = frozenset(("filename", "lineno", "function"))
 
 
-def may_be_rewritten(function: types.FunctionType) -> bool:
-    """Whether neither the function nor a global that the function calls inspects the function's frame, and no name in
-    the function starts with `PREFIX`."""
+def why_not_rewritten(function: types.FunctionType, module: nn.Module | None = None) -> str:
+    """The reason, for people, why a function must not be rewritten; "" if it may be.
+
+    A function may be rewritten if neither the function nor a global that the function calls inspects the function's
+    frame, and no name in the function starts with `PREFIX`.
+
+    Args:
+        function: the function.
+        module: the first argument, if known.
+    """
     code = function.__code__
-    names = {*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars}
-    if any(name.startswith(PREFIX) for name in names):
-        return False
-    called = (function.__globals__.get(name) for name in code.co_names)
-    is_resumed = code.co_flags & _GENERATOR_OR_COROUTINE
-    return not (_OWN_FRAME & names or is_resumed or any(map(_inspects_caller, called)))
+    names = names_in(code)
+    if any(name.startswith(PREFIX) for name in (*names, *code.co_varnames, *code.co_cellvars, *code.co_freevars)):
+        return f"{function.__name__} has names that begin with {PREFIX}"
+    if code.co_flags & _GENERATOR_OR_COROUTINE:
+        return f"{function.__name__} is a generator or a coroutine"
+    if inspector := next(_inspectors(function, _OWN_FRAME, module), ""):
+        return f"{function.__name__} may inspect its own stack frame by {inspector}"
+    callers = (name for name in sorted(names) if _inspects_caller(function.__globals__.get(name)))
+    inspector = next(callers, "")
+    return f"{function.__name__} calls {inspector}, which may inspect the caller's stack frame" if inspector else ""
 
 
 def _inspects_caller(function: Any) -> bool:
     """Whether a function reads more of the caller's frame than the location."""
     if not has_type(function, types.FunctionType) or belongs_to_torch(function):
         return False
+    used = {*_inspectors(function, _STACK), *(_OF_FRAMES & names_in(function.__code__))}
+    return bool(used) and not (used == {"inspect.currentframe"} and _reads_locations_only(function))
+
+
+def _inspectors(
+    function: types.FunctionType, inspectors: Collection[Any], module: nn.Module | None = None
+) -> Iterator[str]:
+    """The names and expressions in a function that may stand for one of the `inspectors`."""
     names = names_in(function.__code__)
-    if {"inspect", "stack"} <= names:
-        return True
-    used = _CALLERS_FRAME & names
-    return bool(used) and not (used == {"currentframe"} and _reads_locations_only(function))
+    cells = dict(zip(function.__code__.co_freevars, map(cell_value, function.__closure__ or ()), strict=True))
+    # By value, because an import may rename a function.
+    known = {name: function.__globals__[name] for name in names & function.__globals__.keys()} | cells
+    yield from sorted(name for name, value in known.items() if _is_any(value, inspectors))
+    wanted = names & {inspector.__name__ for inspector in inspectors}
+    if not wanted:
+        return
+    try:
+        tree = definition_of(function).tree
+    except NoSource:
+        yield from sorted(wanted)
+        return
+    scope = Scope(function, tree, module)
+    rebound = _bound_within(tree) - scope.locals
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in wanted and isinstance(node.ctx, ast.Load):
+            # A local variable has its value from another expression.
+            if node.id not in scope.locals | rebound | known.keys() and _is_any(scope.value(node), inspectors):
+                yield node.id
+        elif isinstance(node, ast.Attribute) and node.attr in wanted:
+            is_known = _root(node) not in rebound and _is_other(_member(scope.value(node.value), node.attr), inspectors)
+            if not is_known:
+                yield ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            source = sys.modules.get(node.module or "") if not node.level else None
+            for alias in node.names:
+                if alias.name in wanted and not _is_other(getattr(source, alias.name, UNKNOWN), inspectors):
+                    yield alias.name
+
+
+def _is_any(value: Any, inspectors: Collection[Any]) -> bool:
+    return any(value is inspector for inspector in inspectors)
+
+
+def _is_other(value: Any, inspectors: Collection[Any]) -> bool:
+    """Whether a value is a module, or a function or class that neither is one of the inspectors nor names one."""
+    if has_type(value, types.FunctionType):
+        named = {inspector.__name__ for inspector in _OWN_FRAME} & names_in(value.__code__)
+        return not _is_any(value, inspectors) and (belongs_to_torch(value) or not named)
+    return has_type(value, (types.BuiltinFunctionType, type, nn.Module)) and not _is_any(value, inspectors)
+
+
+def _member(owner: Any, name: str) -> Any:
+    """An attribute of a Python module or of an `nn.Module`, found without running code; UNKNOWN for other owners."""
+    if has_type(owner, types.ModuleType):
+        return vars(owner).get(name, UNKNOWN)
+    if not has_type(owner, nn.Module):
+        return UNKNOWN
+    return inspect.getattr_static(owner, name, owner._modules.get(name, UNKNOWN))
+
+
+def _bound_within(tree: ast.FunctionDef) -> set[str]:
+    """The names that a function, and the functions and comprehensions in it, bind."""
+    stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    return stored | {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+
+
+def _root(tree: ast.expr) -> str:
+    """The name that a chain of attributes and subscripts begins with, or ""."""
+    while isinstance(tree, ast.Attribute | ast.Subscript):
+        tree = tree.value
+    return tree.id if isinstance(tree, ast.Name) else ""
 
 
 def _reads_locations_only(function: types.FunctionType) -> bool:

@@ -99,10 +99,7 @@ def nested_function(function: types.FunctionType, name: str) -> Any:
     codes = [c for c in function.__code__.co_consts if isinstance(c, types.CodeType) and c.co_name == name]
     if len(codes) != 1 or codes[0].co_freevars:
         return UNKNOWN
-    nested = types.FunctionType(codes[0], function.__globals__, name)
-    # `memoized` decides by these names: the result lasts as long as the enclosing function.
-    nested.__module__, nested.__qualname__ = function.__module__, f"{function.__qualname__}.{name}"
-    return nested
+    return types.FunctionType(codes[0], function.__globals__, name)
 
 
 def _binds(node: ast.AST, name: str) -> bool:

@@ -22,7 +22,7 @@ from ...backends.reference import ACTIVATIONS as FORMULAS
 from ..adapters import is_adapter
 from ..biased_linears import adds_bias
 from ..code.code_objects import has_type
-from ..code.frames import may_be_rewritten
+from ..code.frames import why_not_rewritten
 from ..code.memoization import memoized
 from ..code.scope import UNKNOWN, Scope
 from ..code.source import NoSource, decorator_chain, definition_of
@@ -120,7 +120,9 @@ def _rule(
         try:
             function = decorator_chain(method)[-1]
             is_candidate = read_all or _names_any(function, children) or bool(noted_roles(function, recompute))
-            if is_candidate and may_be_rewritten(function):
+            if is_candidate and (why_not := why_not_rewritten(function, module)):
+                reason = reason or why_not
+            elif is_candidate:
                 roles = roles_in(function)
                 rewritten = _rewritten(method, roles, recompute) if may_match_any(roles, recompute) else None
         except NoSource as error:
@@ -211,7 +213,7 @@ def _object_role(method: types.FunctionType, may_touch: Callable[[nn.Module], bo
     """The role of a callable object by the `__call__` of its class; attributes of the object are not resolved."""
     try:
         function = decorator_chain(method)[-1]
-        roles = _roles(None, function, may_touch) if may_be_rewritten(function) else ()
+        roles = _roles(None, function, may_touch) if not why_not_rewritten(function) else ()
     except NoSource:
         return Role()
     return Role("object", values=(method, roles)) if may_match_any(roles) else Role()

@@ -10,6 +10,7 @@ Operands are evaluated once and in the original order. The rest of the method st
 
 import ast
 import copy
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from ..code.scope import Scope
 from ..code.source import Definition, NoSource, decorator_chain, definition_of, rebuilt, redecorated
 from ..code.straight_line import OPAQUE, Block, blocks
 from ..code.syntax_trees import at, replaced, with_changed_children
+from ..code.wrapped_functions import check_wrapper
 from ..code.written_names import written_names
 from ..rules.function_trials import activation_function
 from ..rules.gates import TriedGate, gate_at_site
@@ -76,6 +78,8 @@ def rewritten_method(method: types.FunctionType, roles: Roles, recompute: str) -
     if inner is None:
         return None
     function, descriptions, fuses = inner
+    for wrapper, wrapped in itertools.pairwise(chain):
+        check_wrapper(wrapper, wrapped)
     return Rewritten(redecorated(chain, function), descriptions, fuses)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS
 from ..code.custom_autograd import has_custom_gradient
-from ..code.memoization import memoized
+from ..code.memoization import memoized_for_good
 from .trial import POINTWISE, Outline, forward_of, in_own_thread, result_of
 
 
@@ -32,7 +32,7 @@ class TrialResult(NamedTuple):
     is_exact: bool = True
 
 
-@memoized
+@memoized_for_good
 @in_own_thread
 def activation_of_module(outline: Outline) -> TrialResult:
     """The activation that the module with this outline computes."""

@@ -31,6 +31,7 @@ _NAMES = frozenset(
     leaky_relu math mish mul neg nn relu relu6 shape sigmoid silu size split sqrt sub tanh to torch type_as unbind
     unflatten""".split()
 )
+_LARGEST = 2**62
 _TAKES_PARTS = frozenset(("chunk", "split", "unbind"))
 # A clamp or a cast, which no pattern has, saves tensors of its own.
 _CLAMPS_OR_CASTS = frozenset(("clamp", "clamp_max", "clamp_min", "float", "to", "type_as"))
@@ -89,7 +90,8 @@ class _GateReader(CodeReader):
         bound = [value for _, _, value in self.dependencies]
         defaults = [number for value in bound if type(value) is tuple for number in value]
         values = [*self._constants, *self.settings.values(), *bound, *defaults]
-        return list(dict.fromkeys(value for value in values if type(value) in (int, float)))
+        # No limit or offset is larger, and larger integers do not fit a float.
+        return list(dict.fromkeys(v for v in values if type(v) in (int, float) and abs(v) <= _LARGEST))
 
     def read_function(self, function: Any, own: bool = False) -> None:
         super().read_function(function, own)

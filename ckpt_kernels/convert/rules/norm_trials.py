@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ... import nn as ours
 from ..attribute_loads import loads_plainly
 from ..code.call_graph import is_unpatched
-from ..code.memoization import memoized
+from ..code.memoization import memoized_for_good
 from ..code.snapshots import NotTriable
 from ..module_tree import has_children, tensors_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
@@ -99,7 +99,7 @@ def _may_be_row_norm(module: nn.Module) -> bool:
     )
 
 
-@memoized
+@memoized_for_good
 @in_own_thread
 def _tried(outline: Outline) -> RowNorm | str:
     """The rule, found by a trial in float32, with the dtypes in which roundings agree too; or the reason for none."""

@@ -130,7 +130,8 @@ def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
 def _why_none(module: nn.Module) -> str:
     if any(True for _ in tensors_of(module)):
         return "has parameters, which none of our activations has"
-    settings = module.extra_repr() if type(module).__module__.startswith("torch.nn.modules.") else ""
+    numbers = {name: value for name, value in vars(module).items() if type(value) in (int, float) and name[0] != "_"}
+    settings = ", ".join(f"{name}={value:g}" for name, value in numbers.items())
     return "computes none of our activations" + (f" with {settings}" if settings else "")
 
 

@@ -1,0 +1,254 @@
+"""Uses of a module's own class: whether code tells the converted class, which is a subclass, from the original.
+
+The code is all methods of the class, the functions that the forward may call, and the objects that get the module as
+an argument. Allowed uses are to call the class, to format the class, and to read inherited attributes.
+"""
+
+import ast
+import inspect
+import re
+import types
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from torch import nn
+
+from .call_graph import functions_held_by, functions_reachable_from, items_of, methods_of, reachable_functions
+from .code_objects import has_type, names_in
+from .memoization import memoized
+from .scope import Scope
+from .source import NoSource, definition_of
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+# Functions with these globals take patterns and strings, and no modules.
+_OF_STRINGS = vars(re)
+# Files of base classes whose methods, beside the forward, read the class without effect: LightningModule asks whether
+# an object is the module itself or a data module.
+_HARMLESS = frozenset(("lightning.pytorch.core.module", "pytorch_lightning.core.module"))
+# Methods that run before a conversion.
+_MAKERS = ("__init__", "__new__", "__init_subclass__")
+# Attributes of a class that a subclass does not inherit unchanged.
+_NOT_INHERITED = frozenset("__annotations__ __base__ __bases__ __dict__ __mro__ __subclasses__ mro".split())
+
+
+def inspects_own_class(module: nn.Module, original_of: Callable[[nn.Module], type[nn.Module]]) -> bool:
+    """Whether code of the module uses the module's class in a way that tells a subclass from the class.
+
+    Args:
+        module: the module.
+        original_of: the class of a module before the conversion.
+    """
+    kind = original_of(module)
+    if _code_inspects(kind):
+        return True
+    for method in _passing_methods(kind):
+        for name in sorted(_holders_of_receivers(method)):
+            held = inspect.getattr_static(module, name, module._modules.get(name))
+            if held is not None and _receiver_inspects(held, names_in(method.__code__), original_of):
+                return True
+    return False
+
+
+@memoized
+def _code_inspects(kind: type[nn.Module]) -> bool:
+    """Whether a method of the class, or a function that the forward may call, inspects the class."""
+    methods = methods_of(kind)
+    reached = reachable_functions(kind)
+    candidates = {f for f, name in methods.items() if name not in _MAKERS and f.__module__ not in _HARMLESS}
+    # A plain function sees the module only if a method passes the module on.
+    candidates.update(reached if _passing_methods(kind) else methods.keys() & set(reached))
+    class_methods = {f for f, name in methods.items() if has_type(inspect.getattr_static(kind, name), classmethod)}
+    # A classmethod that the forward does not call is called on the original class.
+    candidates -= class_methods.difference(reached)
+    return any(_inspects_class(function, function in class_methods, 0) for function in candidates)
+
+
+@memoized
+def _passing_methods(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]:
+    """The methods that the forward may call and that use `self` for anything but reading and setting attributes."""
+    return tuple(f for f in reachable_functions(kind) if f in methods_of(kind) and _passes_self_on(f))
+
+
+def _passes_self_on(method: types.FunctionType) -> bool:
+    if not method.__code__.co_argcount:
+        return False
+    try:
+        tree = definition_of(method).tree
+    except NoSource:
+        return True
+    return bool(_bare_selves(method, tree))
+
+
+def _bare_selves(method: types.FunctionType, tree: ast.FunctionDef) -> list[ast.AST]:
+    """The uses of `self` in a method other than reading and setting attributes."""
+    self_name = method.__code__.co_varnames[0]
+    owners = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return [node for node in ast.walk(tree) if _is_name(node, (self_name,)) and id(node) not in owners]
+
+
+@memoized
+def _holders_of_receivers(method: types.FunctionType) -> frozenset[str]:
+    """The names of the attributes of `self` that hold a function or object which may get `self` from a method.
+
+    Where `self` is passed to anything but a call of an attribute of `self`, these are all names in the method.
+    """
+    every_name = frozenset(names_in(method.__code__))
+    try:
+        tree = definition_of(method).tree
+    except NoSource:
+        return every_name
+    callees = {
+        id(argument): node.func
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for argument in _arguments(node)
+    }
+    names = [
+        _attribute_called(callees.get(id(node)), method.__code__.co_varnames[0]) for node in _bare_selves(method, tree)
+    ]
+    return frozenset(names) if all(names) else every_name
+
+
+def _arguments(call: ast.Call) -> list[ast.expr]:
+    return [*call.args, *(keyword.value for keyword in call.keywords)]
+
+
+def _attribute_called(callee: ast.expr | None, self_name: str) -> str:
+    """The name `a` where the callee is `self.a`, or an attribute or item of that; "" for other callees."""
+    while isinstance(callee, ast.Attribute | ast.Subscript):
+        if isinstance(callee, ast.Attribute) and _is_name(callee.value, (self_name,)):
+            return callee.attr
+        callee = callee.value
+    return ""
+
+
+def _receiver_inspects(
+    held: Any, names: Collection[str], original_of: Callable[[nn.Module], type[nn.Module]], depth: int = 4
+) -> bool:
+    """Whether a held function, object or module inspects the class of an argument; of containers, an item.
+
+    `names` are the names in the method that calls, among them that of the method of the object. Containers may nest
+    `depth` deep.
+    """
+    if any(map(_function_inspects, functions_held_by(held))):
+        return True
+    items = items_of(held)
+    if has_type(held, nn.Module):
+        if _object_inspects(original_of(held), ("forward", *sorted(names))):
+            return True
+        items = list(held._modules.values()) if has_type(held, _CONTAINERS) else []
+    elif has_type(held, types.MethodType):
+        return _object_inspects(type(held.__self__), (held.__func__.__name__,))
+    elif has_type(held, type):
+        return _object_inspects(held, ("__init__", "__new__"))
+    elif not items and _object_inspects(type(held), ("__call__", *sorted(names))):
+        return True
+    return depth > 0 and any(_receiver_inspects(item, names, original_of, depth - 1) for item in items)
+
+
+@memoized
+def _function_inspects(function: types.FunctionType) -> bool:
+    return any(_inspects_class(reached, False, 0) for reached in functions_reachable_from(function, object))
+
+
+@memoized
+def _object_inspects(kind: type, names: tuple[str, ...]) -> bool:
+    """Whether a method of an object of that class, or code that the method reaches, inspects the class of an argument
+    other than the object itself."""
+    methods = methods_of(kind)
+    for name in names:
+        for function in functions_reachable_from(inspect.getattr_static(kind, name, None), kind):
+            if _inspects_class(function, False, int(function in methods)):
+                return True
+    return False
+
+
+@memoized
+def _inspects_class(function: types.FunctionType, is_classmethod: bool, first: int) -> bool:
+    """Whether a function uses the class of an argument in a way that tells a subclass from the class.
+
+    Args:
+        function: the function.
+        is_classmethod: whether the first argument is the class itself.
+        first: the place of the first argument that counts.
+    """
+    code = function.__code__
+    if function.__globals__ is _OF_STRINGS or not (is_classmethod or {"type", "__class__"} & names_in(code)):
+        return False
+    try:
+        tree = definition_of(function).tree
+    except NoSource:
+        return True
+    uses = _ClassUses(function, tree, is_classmethod, first)
+    return any(not uses.is_allowed(parent, child) for parent, child in uses.found())
+
+
+class _ClassUses:
+    """The expressions in a function that stand for the class of an argument."""
+
+    def __init__(self, function: types.FunctionType, tree: ast.FunctionDef, is_classmethod: bool, first: int) -> None:
+        code = function.__code__
+        self._tree = tree
+        self._scope = Scope(function, tree)
+        self._objects = set(code.co_varnames[first : code.co_argcount + code.co_kwonlyargcount])
+        self._classes = set(code.co_varnames[:1]) if is_classmethod else set()
+        assignments = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+        # A name may be assigned from a name that a later line assigns, in a loop.
+        for _ in assignments:
+            for node in assignments:
+                known = (
+                    self._classes
+                    if self._is_class(node.value)
+                    else self._objects
+                    if self._is_object(node.value)
+                    else None
+                )
+                if known is not None:
+                    known.update(target.id for target in node.targets if isinstance(target, ast.Name))
+
+    def found(self) -> Iterator[tuple[ast.AST, ast.AST]]:
+        """The expressions, each after the node around."""
+        for parent in ast.walk(self._tree):
+            for child in ast.iter_child_nodes(parent):
+                if self._is_class(child):
+                    yield parent, child
+
+    def is_allowed(self, parent: ast.AST, child: ast.AST) -> bool:
+        """Whether a use gives the same for a subclass that overrides methods."""
+        if isinstance(parent, ast.Attribute):
+            return isinstance(parent.ctx, ast.Load) and parent.attr not in _NOT_INHERITED
+        if isinstance(parent, ast.Assign):
+            return all(isinstance(target, ast.Name) for target in parent.targets)
+        if not isinstance(parent, ast.Call):
+            return isinstance(parent, ast.FormattedValue)
+        if parent.func is child or _is_name(parent.func, ("str", "repr", "print")):
+            return True
+        is_first = bool(parent.args) and parent.args[0] is child
+        if is_first and _is_name(parent.func, ("getattr", "hasattr")):
+            return not _NOT_INHERITED.intersection(self._texts(parent.args[1]))
+        return is_first and _is_name(parent.func, ("issubclass",))
+
+    def _texts(self, tree: ast.expr) -> set[str]:
+        """The values that an expression may have: a constant, or an item of a global dict; else all names."""
+        if isinstance(tree, ast.Constant):
+            return {str(tree.value)}
+        table = self._scope.value(tree.value) if isinstance(tree, ast.Subscript) else None
+        values = items_of(table)
+        return set(values) if values and all(has_type(value, str) for value in values) else set(_NOT_INHERITED)
+
+    def _is_object(self, node: ast.AST) -> bool:
+        return _is_name(node, self._objects)
+
+    def _is_class(self, node: ast.AST) -> bool:
+        """Whether a node is `type(name)` or `name.__class__` for an object's name, or the name of a class."""
+        if isinstance(node, ast.Name):
+            return node.id in self._classes and isinstance(node.ctx, ast.Load)
+        if isinstance(node, ast.Attribute):
+            return node.attr == "__class__" and self._is_object(node.value)
+        if not isinstance(node, ast.Call) or not _is_name(node.func, ("type",)) or len(node.args) != 1:
+            return False
+        return self._is_object(node.args[0])
+
+
+def _is_name(node: ast.AST, names: Collection[str]) -> bool:
+    return isinstance(node, ast.Name) and node.id in names
