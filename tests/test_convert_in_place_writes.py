@@ -150,7 +150,7 @@ def test_a_writer_may_come_after_the_conversion(level: str) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_an_input_without_a_gradient_may_be_written_to(level: str, dtype: torch.dtype) -> None:
     """Torch saves only the normalized rows, for the gradient of the weight."""
-    model, converted = (m.to(DEVICE, dtype) for m in twins(lambda: nn.Sequential(RMSNormInFloat32())))
+    model, converted = (m.to(DEVICE, dtype) for m in twins(lambda: nn.Sequential(RMSNormInFloat32(WIDTH))))
     assert ckpt_kernels.convert(converted, recompute=level).replaced
     gradients = []
     for each in (model, converted):
