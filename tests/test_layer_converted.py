@@ -65,6 +65,20 @@ class Sandwich(PostNorms):
         return residual + self.norm4(self.mlp(x))
 
 
+def applied(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
+
+
+class Chunked(PostNorms):
+    """Names itself in an error, and passes a method of its own to a function, as transformers' BERT does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3:
+            raise ValueError(f"{self} received {tuple(x.shape)}")
+        x = self.norm1(x + self.attention(x))
+        return self.norm2(x + applied(self.mlp, x))
+
+
 class Stack(nn.Module):
     def __init__(self, kind: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -95,6 +109,7 @@ class InFloat32(PreNorms):
         (PreNorms, torch.float32, 2.0),
         (PostNorms, torch.float32, 2.0),
         (Sandwich, torch.float32, 2.0),
+        (Chunked, torch.float32, 2.0),
         (encoder_layer, torch.float32, 7.0),
         (InFloat32, torch.bfloat16, 2.0),
     ],

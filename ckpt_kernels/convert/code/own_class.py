@@ -43,7 +43,9 @@ def inspects_own_class(module: nn.Module, original_of: Callable[[nn.Module], typ
         return True
     for method in _passing_methods(kind):
         for name in sorted(_holders_of_receivers(method)):
-            held = inspect.getattr_static(module, name, module._modules.get(name))
+            # What the instance holds, or else the original class: a converted class has other methods.
+            held = vars(module).get(name, module._modules.get(name))
+            held = inspect.getattr_static(kind, name, None) if held is None else held
             if held is not None and _receiver_inspects(held, names_in(method.__code__), original_of):
                 return True
     return False
@@ -138,7 +140,9 @@ def _receiver_inspects(
             return True
         items = list(held._modules.values()) if has_type(held, _CONTAINERS) else []
     elif has_type(held, types.MethodType):
-        return _object_inspects(type(held.__self__), (held.__func__.__name__,))
+        owner = held.__self__
+        kind = original_of(owner) if has_type(owner, nn.Module) else type(owner)
+        return _object_inspects(kind, (held.__func__.__name__,))
     elif has_type(held, type):
         return _object_inspects(held, ("__init__", "__new__"))
     elif not items and _object_inspects(type(held), ("__call__", *sorted(names))):
