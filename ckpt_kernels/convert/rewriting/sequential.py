@@ -1,6 +1,8 @@
 """Fusion of consecutive modules in `nn.Sequential`: a rule whose forward makes one fused call for several children."""
 
 import ast
+import collections
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,19 +58,29 @@ class SequentialRule(Rule):
     def _forward(
         self, original: Any, module: nn.Module, input: Any, calls: Mapping[int, Callable[..., list[Any]]]
     ) -> Any:
-        children: list[Any] = list(module._modules.values())
-        if len(children) != self.length or original.__iter__ is not _ITER:
+        if len(module._modules) != self.length or original.__iter__ is not _ITER:
             return original.forward(module, input)
-        for place, group in _groups(children, self.places):
+        # A child may exchange a later one in its forward, so each is taken when its turn comes, as by Sequential.
+        children: Iterator[Any] = iter(module._modules.values())
+        index = 0
+        while index < self.length:
+            place, length = self.places[index], 1
             results = [False]
-            if place >= 0:
+            if place >= 0 and len(module._modules) == self.length:
                 names = _PATTERNS[place][1]
+                length = len(names)
+                group = itertools.islice(module._modules.values(), index, index + length)
                 results = calls[place](**dict(zip(names, group, strict=True)), input=input)
+            index += length
+            turn = itertools.islice(children, length)
             if results.pop():
                 input = results.pop()
+                collections.deque(turn, maxlen=0)
                 continue
-            for child in group:
+            for child in turn:
                 input = child(input)
+        for child in children:  # an error of the iterator if the number of children changed
+            input = child(input)
         return input
 
     def __str__(self) -> str:
@@ -96,12 +108,3 @@ def _begins(roles: Sequence[Role], pattern: Pattern, names: tuple[str, ...]) -> 
     kinds = tuple(kind_of(name) for name in names)
     saves = pattern.makes_act_input or roles[0].name not in KEPT_BY_OUTPUT
     return tuple(role.kind for role in roles[: len(names)]) == kinds and saves
-
-
-def _groups(children: list[nn.Module], places: tuple[int, ...]) -> Iterator[tuple[int, list[nn.Module]]]:
-    """The children in groups: the children of a chain with its index into `_PATTERNS`, and others alone with -1."""
-    index = 0
-    while index < len(children):
-        length = len(_PATTERNS[places[index]][1]) if places[index] >= 0 else 1
-        yield places[index], children[index : index + length]
-        index += length
