@@ -17,7 +17,7 @@ from .forward_contexts import (
     discarding,
     discarding_products,
 )
-from .late_conversion import ContinuedConversion, late_candidates
+from .late_conversion import LateConversion, late_candidates
 from .layers import above_lists, count_matrices, has_forward, layers_of, may_not_repeat
 from .module_levels import AtLevel, ConvertibleModules, Levels
 from .module_tree import modules_of, named_modules, tensors_of
@@ -63,7 +63,7 @@ class ModelConversion(LeafConverter):
         names = {module: name for name, module in named_modules(model)}
         by_name = {"": levels.of(model)} | {names[module]: levels.of(module) for module in levels.named}
         candidates = late_candidates(model)
-        self.late = ContinuedConversion(include, exclude, candidates, self.replaced, self.left_alone, by_name)
+        self.late = LateConversion(include, exclude, candidates, self.replaced, self.left_alone, by_name)
 
     def run(self, heads: Mapping[str, nn.Module]) -> Report:
         """Converts heads, leaves and composite modules, and sets the contexts of roots, in that order, because each
