@@ -9,13 +9,11 @@ from .. import backends, offload
 from ..levels import level_of_blocks
 from .attribute_loads import is_set
 from .forward_contexts import (
+    Discarding,
     ForwardContext,
     InTiles,
-    as_layer,
     checkpointing_selectively,
     converting_late_modules,
-    discarding,
-    discarding_products,
 )
 from .late_conversion import LateConversion, late_candidates
 from .layers import above_lists, count_matrices, has_forward, layers_of, may_not_repeat
@@ -158,12 +156,10 @@ class ModelConversion(LeafConverter):
         if module in self.levels.named:
             policy, places = self.levels.named[module]
             return (AtLevel(policy.level, places, may_repeat),)
-        whole = self.levels.whole.level
-        if whole == "layer" and module not in self.above and self._is_layer(module):
-            contexts: tuple[ForwardContext, ...] = (as_layer,)
-        else:
-            contexts = (discarding_products if whole in ("all", "layer") else discarding,)
-        return (*contexts, checkpointing_selectively) if may_repeat else contexts
+        level = self.levels.whole.level
+        if level == "layer" and (module in self.above or not self._is_layer(module)):
+            level = "all"
+        return (Discarding(level), *([checkpointing_selectively] if may_repeat else ()))
 
     def _offloading(self, module: nn.Module) -> tuple[ForwardContext, ...]:
         """The context that moves a root's saved tensors to host memory, where the level says so."""
