@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...ops.operands import elementwise_empty
+from ..rules.trial import watching_saved_tensors
 from .forms import Form, KnownForm, SupportedDtypes
 from .trial_runs import Arrangement, Trial, are_close, reference_result
 
@@ -131,14 +132,8 @@ def _saves_tables(trial: Trial, heads: Sequence[Tensor], *tables: Tensor) -> Ite
         if arguments is None or passed is None:
             yield False, False
             continue
-        storages: set[int] = set()
-
-        def pack(tensor: Tensor, storages: set[int] = storages) -> Tensor:
-            storages.add(tensor.untyped_storage()._cdata)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        with watching_saved_tensors() as is_saved:
             results = trial.run_with_tables([h.detach().requires_grad_() for h in heads], arguments)
         # Results hold the saved tensors. Without results the memory is free, and an address says nothing.
-        is_saved = [results is not None and table.untyped_storage()._cdata in storages for table in passed]
-        yield is_saved[0], is_saved[1]
+        cos, sin = (results is not None and is_saved(table) for table in passed)
+        yield cos, sin

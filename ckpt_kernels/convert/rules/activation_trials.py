@@ -15,7 +15,7 @@ from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS
 from ..code.custom_autograd import has_custom_gradient
 from ..code.memoization import memoized_for_good
-from .trial import POINTWISE, Outline, forward_of, in_own_thread, result_of
+from .trial import POINTWISE, Outline, forward_of, in_own_thread, result_of, watching_saved_tensors
 
 
 class TrialResult(NamedTuple):
@@ -53,13 +53,7 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
         has_function: whether the gradient comes from an `autograd.Function` whose code was read. The gradient must then
             be linear in the incoming one: the derivative times the incoming gradient, and nothing else.
     """
-    saved: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.untyped_storage()._cdata)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+    with watching_saved_tensors() as is_saved:
         points = sample_points()
         input = points.clone().requires_grad_()
         values = compute(input)
@@ -69,7 +63,7 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
             return TrialResult()
         if not _is_gradient_linear(values, input) if has_function else contains_function(values):
             return TrialResult()
-        keeps_input = input.untyped_storage()._cdata in saved
+        keeps_input = is_saved(input)
         (slopes,) = torch.autograd.grad(values.sum(), input)
         for name in NAMES:
             other = points.clone().requires_grad_()

@@ -25,7 +25,17 @@ from ..module_tree import has_children, tensors_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import looks_like_norm
 from .norms import Case, Dtypes, Norm, RowNorm
-from .trial import CHANNELS, ROWS, InputRefused, Outline, forward_of, in_own_thread, outline_of, takes_one_argument
+from .trial import (
+    CHANNELS,
+    ROWS,
+    InputRefused,
+    Outline,
+    forward_of,
+    in_own_thread,
+    outline_of,
+    takes_one_argument,
+    watching_saved_tensors,
+)
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -190,14 +200,9 @@ def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes, requires_grad:
     module = outline.stand_in(dtypes[1], torch.Generator("cpu").manual_seed(0))
     input = torch.zeros(_sizes(outline, rule.channels_first)[0], dtype=dtypes[0], device="cpu")
     input.requires_grad_(requires_grad)
-    saved: list[int] = []
-
-    def pack(tensor: Tensor) -> None:
-        saved.append(tensor.untyped_storage()._cdata)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+    with watching_saved_tensors() as is_saved:
         _output_of(module, rule, input)
-    return input.untyped_storage()._cdata in saved
+    return is_saved(input)
 
 
 def _agrees(outline: Outline, rule: RowNorm) -> bool:

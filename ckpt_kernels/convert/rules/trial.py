@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -154,12 +154,12 @@ class _AllowedCalls(TorchFunctionMode):
         self._operations = operations
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.type or func is torch.Tensor.to:
+        if func is Tensor.type or func is Tensor.to:
             arguments = (*args[1:], *(kwargs or {}).values())
             if not arguments or not all(isinstance(value, _CAST_TO) for value in arguments):
                 raise NotTriable("reads the type of its input, or casts to more than a dtype")
         if func is nn.functional.rms_norm:
-            tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
+            tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
             if len({tensor.dtype for tensor in tensors}) > 1:
                 raise InputRefused("takes an input and a weight of two dtypes")
             with self._operations.suspended():
@@ -167,7 +167,7 @@ class _AllowedCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_CAST_TO = (torch.dtype, torch.Tensor, bool)
+_CAST_TO = (torch.dtype, Tensor, bool)
 
 
 def _is_whole(dimension: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
@@ -189,9 +189,20 @@ def in_own_thread(trial: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
-def forward_of(
-    module: nn.Module, input: torch.Tensor, allowed: frozenset[str], dimensions: tuple[int, ...] = ()
-) -> torch.Tensor:
+@contextlib.contextmanager
+def watching_saved_tensors() -> Iterator[Callable[[Tensor], bool]]:
+    """A context with a function that tells whether autograd has saved the storage of a tensor within the context."""
+    storages: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages.add(tensor.untyped_storage()._cdata)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        yield lambda tensor: tensor.untyped_storage()._cdata in storages
+
+
+def forward_of(module: nn.Module, input: Tensor, allowed: frozenset[str], dimensions: tuple[int, ...] = ()) -> Tensor:
     """The stand-in's output; raises NotTriable where an operation is not allowed or the output is no tensor.
 
     Args:
@@ -204,12 +215,12 @@ def forward_of(
 
 
 def result_of(
-    function: Callable[[torch.Tensor], Any],
-    input: torch.Tensor,
+    function: Callable[[Tensor], Any],
+    input: Tensor,
     allowed: frozenset[str],
     dimensions: tuple[int, ...] = (),
     of_parts: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """`forward_of` for a function of one tensor, or `of_parts` of it, which may be clamped."""
     try:
         with _AllowedOperations(allowed, dimensions, of_parts) as operations, _AllowedCalls(operations):
@@ -218,7 +229,7 @@ def result_of(
         raise
     except Exception as error:
         raise InputRefused(f"fails on a tensor of {tuple(input.shape)}") from error
-    if type(output) is not torch.Tensor:
+    if type(output) is not Tensor:
         raise NotTriable("returns something else than a tensor")
     return output
 
