@@ -35,7 +35,7 @@ from .native_sites import native_site
 from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
 from .noted_operations import NOTED_FUNCTIONS, NOTED_OPERATORS, noted_cast, noted_function, noted_operator
 from .reader import Match, Operand, Reader
-from .replacements import FUNCTION_TYPES, replacement_for
+from .replacements import FUNCTION_TYPES, exchanging, replacement_for
 from .result_list import has_computed, next_result
 from .roles import Role, Roles
 from .run_matching import run_matches
@@ -253,13 +253,13 @@ class _Rewriter:
         (known,) = role.values or ((self.scope.local_function if is_local else self.scope.value)(callee),)
         if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in NOTED_FUNCTIONS:
             self.has_notes = True
-            return self._mapped(callee, noted_function(known))
-        replacement = replacement_for(known, call, is_local)
+            return self._mapped(callee, exchanging(known, noted_function(known)))
+        replacement = replacement_for(known, call)
         if replacement is None:
             return callee
-        mapping, description = replacement
+        function, description = replacement
         self.descriptions.append(description)
-        return self._mapped(callee, mapping)
+        return self._mapped(callee, exchanging(known, function, is_local))
 
     def _replaced_object(self, callee: ast.expr, method: types.FunctionType, roles: Any) -> ast.expr:
         try:

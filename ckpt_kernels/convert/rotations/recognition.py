@@ -6,10 +6,8 @@ The outcome is a `forms.Rotation`.
 import ast
 import itertools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
-
-import torch
 
 from ..code.call_graph import belongs_to_torch
 from ..code.code_objects import names_in
@@ -41,39 +39,6 @@ _TABLES = ("full", "half", "first half", "neighbours")
 _LAYOUTS = ("halves", "interleaved")
 # Other values of settings that trials use: for integers, dimensions where tables may be unsqueezed.
 _CHOICES: dict[type, tuple[Any, ...]] = {int: (-2, -1, 0, 1, 2), bool: (False, True)}
-
-
-def replacing_rotation(function: types.FunctionType, settings: tuple[str, ...] | None = None) -> Callable[[Any], Any]:
-    """A function that maps `function` to its replacement, and any other callee to itself.
-
-    `settings` are the names of the settings that calls may pass: see `rotation_of`.
-    """
-    rotation = rotation_of(function, settings)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        rotated = None if rotation is None else rotation.of(args, kwargs)
-        return function(*args, **kwargs) if rotated is None else rotated
-
-    return lambda called: call if called is function else called
-
-
-def replacing_local_rotation(
-    function: types.FunctionType, settings: tuple[str, ...] | None = None
-) -> Callable[[Any], Any]:
-    """The same for a nested function, which a `def` makes anew at each call."""
-    replace = replacing_rotation(function, settings)
-
-    def is_instance(called: Any) -> bool:
-        if called is function:
-            return True
-        # A function that torch.compile traces has no such attributes.
-        if torch.compiler.is_compiling():
-            return False
-        is_plain = type(called) is types.FunctionType and called.__globals__ is function.__globals__
-        is_plain = is_plain and called.__closure__ is called.__defaults__ is called.__kwdefaults__ is None
-        return is_plain and called.__code__ == function.__code__
-
-    return lambda called: replace(function) if is_instance(called) else called
 
 
 def settings_in(call: ast.Call, function: types.FunctionType) -> tuple[str, ...]:

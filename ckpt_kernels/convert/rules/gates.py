@@ -54,8 +54,15 @@ class TriedGate(NamedTuple):
     outline: GateOutline
     code: CodeSnapshot
 
-    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
-        """The gate of a tensor, by the fused function; None where the code of the model must compute the gate."""
+    def of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The gate, by the fused function; None where the code of the model must compute the gate."""
+        if len(args) != 1 or kwargs:
+            return None
+        input, kind = as_plain_tensor(args[0])
+        output = self._of_operand(module, input) if is_operand(input) else None
+        return output if output is None or kind is None else output.as_subclass(kind)
+
+    def _of_operand(self, module: nn.Module, input: Tensor) -> Tensor | None:
         trial, (settings, activations) = self.trial, self.outline
         keeps_input = trial.keeps_input.get(input.dtype)
         if keeps_input is None or input.dim() not in trial.dims or input.shape[-1] % 2 or not input.is_contiguous():
@@ -217,36 +224,17 @@ def gated(gate: TriedGate, method: Callable[..., Any]) -> Callable[..., Any]:
     """The method, computed by the fused function where the operand is of a kind that was tried."""
 
     def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        output = _fused(gate, module, args, kwargs)
+        output = gate.of(module, args, kwargs)
         return method(module, *args, **kwargs) if output is None else output
 
     return call
-
-
-def replacing_gate(function: types.FunctionType) -> Callable[[Any], Any]:
-    """A function that maps `function` to its replacement, and any other callee to itself."""
-    gate, module = gate_of_function(function), nn.Module()
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        output = None if gate is None else _fused(gate, module, args, kwargs)
-        return function(*args, **kwargs) if output is None else output
-
-    return lambda called: call if called is function else called
 
 
 def gate_at_site(gate: TriedGate) -> Callable[[nn.Module, Any], list[Any]]:
     """The function that a rewritten method calls in place of a run of statements, as in `templates.guarded_call`."""
 
     def call(module: nn.Module, packed: Any) -> list[Any]:
-        output = _fused(gate, module, (packed,), {})
+        output = gate.of(module, (packed,), {})
         return [False] if output is None else [output, True]
 
     return call
-
-
-def _fused(gate: TriedGate, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    if len(args) != 1 or kwargs:
-        return None
-    input, kind = as_plain_tensor(args[0])
-    output = gate.of(module, input) if is_operand(input) else None
-    return output if output is None or kind is None else output.as_subclass(kind)
