@@ -23,18 +23,15 @@ _STATEMENTS = (ast.Assign, ast.Expr, ast.If, ast.Pass, ast.Raise, ast.Return)
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 
 
-def is_size_independent(function: types.FunctionType) -> bool:
-    """Whether the function uses sizes only to bound slices of last dimensions and to shape views."""
+def is_size_independent(function: types.FunctionType, tree: ast.FunctionDef | None = None) -> bool:
+    """Whether the function uses sizes only to bound slices of last dimensions and to shape views.
+
+    `tree` is the source of a function that is in no file.
+    """
     try:
-        tree = definition_of(function).tree
+        return _SizeUses(tree or definition_of(function).tree).are_allowed()
     except NoSource:
         return False
-    return is_tree_size_independent(tree)
-
-
-def is_tree_size_independent(tree: ast.FunctionDef) -> bool:
-    """`is_size_independent` for the source of a function."""
-    return _SizeUses(tree).are_allowed()
 
 
 class _SizeUses:

@@ -14,11 +14,11 @@ from ... import recompute
 from ...backends.reference import ACTIVATIONS
 from ..attribute_loads import LOADS_PLAINLY, loads_plainly, only_instances_define
 from ..code.call_graph import belongs_to_torch
-from ..code.code_objects import has_type, names_in
+from ..code.code_objects import names_in
+from ..code.function_reachability import SizeIndependentReader
 from ..code.memoization import memoized
-from ..code.reachability import CodeReader, is_torch_callable, is_unchanged
+from ..code.reachability import is_unchanged
 from ..code.settings import Settings
-from ..code.size_independence import is_size_independent, is_tree_size_independent
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 from ..operands import as_plain_tensor, has_global_hooks, is_operand
 from .gate_trials import GateTrial, gate_by_trial
@@ -81,13 +81,11 @@ class TriedGate(NamedTuple):
         return f"packed gate ({self.trial.form})"
 
 
-class _GateReader(CodeReader):
+class _GateReader(SizeIndependentReader):
     """Reads code that may take halves of a tensor, call activations among the module's children, and name numbers."""
 
     def __init__(self, module: nn.Module, trees: Mapping[types.FunctionType, ast.FunctionDef]) -> None:
-        super().__init__(module)
-        self._trees = trees
-        self._allowed_names = _NAMES
+        super().__init__(module, _NAMES, trees)
         self.activations: dict[str, str] = {}
         self._constants: list[Any] = []
 
@@ -100,18 +98,8 @@ class _GateReader(CodeReader):
         # No limit or offset is larger, and larger integers do not fit a float.
         return list(dict.fromkeys(v for v in values if type(v) in (int, float) and abs(v) <= _LARGEST))
 
-    def read_function(self, function: Any, own: bool = False) -> None:
-        super().read_function(function, own)
-        if has_type(function, types.FunctionType) and not is_torch_callable(function):
-            tree = self._trees.get(function)
-            if not (is_size_independent(function) if tree is None else is_tree_size_independent(tree)):
-                raise NotTriable("decides by what it is given, or takes parts of it that are not bounded by its shape")
-
     def check_constant(self, value: Any) -> None:
         self._constants.append(value)
-
-    def check_bounds(self, loads: Any) -> None:
-        pass  # `is_size_independent` checks them
 
     def read_attribute(self, name: str) -> None:
         if name in self.module._parameters:
