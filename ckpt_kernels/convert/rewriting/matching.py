@@ -20,7 +20,7 @@ class Attempt:
     """An attempt to match an expression with one spelling of a pattern.
 
     `substituted` are the ids of the nodes of names that bindings replaced, `options` the constant arguments of the
-    fused call, `act` the role of the activation, and `activation` the name of an activation that is a formula.
+    fused call, and `act` the role of the activation.
     """
 
     def __init__(self, reader: Reader, run: Run | None) -> None:
@@ -30,7 +30,6 @@ class Attempt:
         self.operands: list[Operand] = []
         self.options: dict[str, Any] = {}
         self.act = Role()
-        self.activation: str | None = None
         self._halves: dict[str, Half] = {}
 
     def fits(self, tree: Binding, template: Any) -> bool:
@@ -103,13 +102,13 @@ class Attempt:
             if formula is None or not self._are_same_value(formula.values):
                 continue
             role = self.reader.roles.get(formula.text, Role())
-            if role.kind != "act":
+            if role.kind != "formula":
                 continue
             if any(self._is_used(self.bindings[number]) for number in formula.names):
                 return None
             self.substituted |= formula.names
             self.operands += [Operand(f"f{i}", function) for i, function in enumerate(formula.functions)]
-            self.act, self.activation = role, role.name
+            self.act = role
             return self._resolved(*formula.values)
         return None
 

@@ -275,7 +275,7 @@ def _formulas(node: ast.AST, scope: Scope, bindings: Mapping[int, Binding]) -> l
 @memoized
 @in_own_thread
 def _formula_role(text: str, values: tuple[tuple[str, Any], ...], functions: tuple[Any, ...]) -> Role:
-    """The role of a formula, an activation if the formula computes one, with these values of the names in the text."""
+    """The role of a formula that computes an activation, with these values of the names in the text."""
     code = compile(text, "<formula>", "eval")
 
     def compute(points: Tensor) -> Any:
@@ -288,6 +288,6 @@ def _formula_role(text: str, values: tuple[tuple[str, Any], ...], functions: tup
             results = compute(points.clone())
         close = (torch.allclose(results, FORMULAS[name](points), rtol=1e-6, atol=1e-6) for name in NAMES)
         name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else TrialResult()
-        return Role() if name is None else Role("act", name, not keeps_input, functions, is_exact)
+        return Role() if name is None else Role("formula", name, not keeps_input, functions, is_exact)
     except Exception:  # a formula that raises, whatever the exception, is no activation
         return Role()

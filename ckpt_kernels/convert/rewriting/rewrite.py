@@ -223,13 +223,9 @@ class _Rewriter:
         if "recompute" in pattern.parameters:
             options["recompute"] = level_of_blocks(self.recompute)
         captured = [operand.name for operand in match.captured]
-        values = attempt.act.values
-        if attempt.activation is not None:
-            is_exact = attempt.act.is_exact
-            function = guarded_call(pattern, captured, options, values, attempt.activation, is_exact)
-        else:
-            tried = activation_function(values[0]) if values else None
-            function = guarded_call(pattern, captured, options, tried=tried)
+        formula = attempt.act if attempt.act.kind == "formula" else None
+        tried = activation_function(attempt.act.values[0]) if attempt.act.values and not formula else None
+        function = guarded_call(pattern, captured, options, formula, tried)
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
         condition = has_computed(ast.Call(self._cell(function), [], keywords))
         self.descriptions.append(attempt.description(pattern))

@@ -34,8 +34,8 @@ GATE_RUN = "gate run"
 class Role(NamedTuple):
     """The role of a load or a formula in a method.
 
-    `kind` is "linear", "act" (a load or a formula), "norm", "dropout", "F.dropout", "write" (an activation of torch
-    that writes over the input), "halves" (`torch.chunk`), "replacement" (a callee with a replacement), "local
+    `kind` is "linear", "act", "formula" (of an activation), "norm", "dropout", "F.dropout", "write" (an activation of
+    torch that writes over the input), "halves" (`torch.chunk`), "replacement" (a callee with a replacement), "local
     replacement" (the same for a nested function), "object" (a callable object), "module" (any other module), "noted"
     (no load: the name says why the operators of the method are noted, see `note_reasons`), "gate" (no load: the method
     is a gate, with the `rules.gates.GateOutline` as values), "gate run" (no load: a run of statements is a gate, with
@@ -95,7 +95,7 @@ def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:
     if value in ACTIVATIONS:
         return Role("act", ACTIVATIONS[value])
     if (tried := activation_function(value)) is not None:
-        return Role("act", tried.name, not tried.keeps_input, (value,))
+        return Role("act", tried.result.name or "", not tried.result.keeps_input, (value,))
     is_replaced = value in REPLACEMENTS or value in NOTED_FUNCTIONS or is_rotation(value)
     is_replaced = is_replaced or gate_of_function(value) is not None
     return Role("replacement", values=(value,)) if is_replaced else Role()

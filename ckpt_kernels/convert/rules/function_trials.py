@@ -2,32 +2,24 @@
 
 import sys
 import types
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
-import torch
 from torch import nn
 
 from ..code.call_graph import belongs_to_torch
 from ..code.memoization import memoized
 from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes
 from ..code.snapshots import CodeSnapshot, NotTriable
-from .activation_trials import activation_by_trial
-from .trial import POINTWISE, in_own_thread, result_of, takes_one_argument
+from .activation_trials import TrialResult, tried_activation
+from .trial import takes_one_argument
 
 
 class TriedFunction(NamedTuple):
-    """A function, the activation that the trial recognised, and all code and globals that the function reaches.
-
-    Attributes:
-        keeps_input: whether torch saves the input for backward.
-        is_exact: whether the formula is exact; one with rounded constants differs from the activation in float64.
-    """
+    """A function, the result of its trial, and all code and globals that the function reaches."""
 
     function: types.FunctionType
-    name: str
+    result: TrialResult
     code: CodeSnapshot
-    keeps_input: bool
-    is_exact: bool
 
     def name_of(self, called: Any, wide: bool = False) -> str | None:
         """The activation that a call of `called` computes now.
@@ -35,36 +27,30 @@ class TriedFunction(NamedTuple):
         None for another function, for a function that has changed since the trial, and for a formula that is not exact
         where operands are `wide`, which is float64.
         """
-        holds = called is self.function and (self.is_exact or not wide)
-        return self.name if holds and self.code.is_same() else None
+        holds = called is self.function and (self.result.is_exact or not wide)
+        return self.result.name if holds and self.code.is_same() else None
+
+
+def is_importable(function: Any) -> TypeGuard[types.FunctionType]:
+    """Whether a value is a function outside torch that can be imported under its name, so that it can be pickled."""
+    if type(function) is not types.FunctionType or belongs_to_torch(function):
+        return False
+    return getattr(sys.modules.get(function.__module__), function.__name__, None) is function
 
 
 @memoized
 def activation_function(value: Any) -> TriedFunction | None:
-    """The trial of a function that computes a known activation; None for any other value.
-
-    The function must be importable under its name, so that the trial can be pickled.
-    """
-    if type(value) is not types.FunctionType or belongs_to_torch(value) or not takes_one_argument(value, 0):
-        return None
-    if getattr(sys.modules.get(value.__module__), value.__name__, None) is not value:
+    """The trial of a function that computes a known activation; None for any other value."""
+    if not is_importable(value) or not takes_one_argument(value, 0):
         return None
     try:
-        return _tried(value)
+        reader = CodeReader(nn.Module())
+        reader.read_function(value)
+        if depends_on_shapes(reader) or depends_on_dtype(reader):
+            return None
+        reader.read_modules()
+        result = tried_activation(value)
     except NotTriable:
         return None
-
-
-@in_own_thread
-def _tried(function: types.FunctionType) -> TriedFunction | None:
-    reader = CodeReader(nn.Module())
-    reader.read_function(function)
-    if depends_on_shapes(reader) or depends_on_dtype(reader):
-        return None
-    reader.read_modules()
-    transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
-    if result_of(function, transposed, POINTWISE).stride() != transposed.stride():
-        return None
-    name, keeps_input, is_exact = activation_by_trial(lambda points: result_of(function, points, POINTWISE))
     code = CodeSnapshot((nn.Module, (), ()), reader.dependencies)
-    return None if name is None else TriedFunction(function, name, code, keeps_input, is_exact)
+    return None if result.name is None else TriedFunction(value, result, code)

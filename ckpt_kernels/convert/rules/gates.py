@@ -2,7 +2,6 @@
 GPT-OSS, which are recognised by a trial (see `gate_trials`)."""
 
 import ast
-import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeGuard
@@ -21,6 +20,7 @@ from ..code.reachability import is_unchanged
 from ..code.settings import Settings
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 from ..operands import as_plain_tensor, has_global_hooks, is_operand
+from .function_trials import is_importable
 from .gate_trials import GateTrial, gate_by_trial
 from .pointwise import activation_of
 from .trial import takes_one_argument
@@ -176,10 +176,7 @@ def gate_of_method(
 @memoized
 def gate_of_function(function: Any) -> TriedGate | None:
     """The gate that a function of a file computes; None for any other value."""
-    if not may_be_gate(function, 0):
-        return None
-    is_importable = getattr(sys.modules.get(function.__module__), function.__name__, None) is function
-    if not is_importable:
+    if not may_be_gate(function, 0) or not is_importable(function):
         return None
     return _tried(nn.Module(), function, function, GateOutline((), ()))
 

@@ -5,6 +5,7 @@ tried (see `trial`): outputs and gradients of a stand-in on small random inputs 
 norms. The name of the class does not count; the place of eps and the order of roundings do.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -30,9 +31,9 @@ from .trial import (
     ROWS,
     InputRefused,
     Outline,
-    forward_of,
     in_own_thread,
     outline_of,
+    result_of,
     takes_one_argument,
     watching_saved_tensors,
 )
@@ -136,9 +137,8 @@ def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
 
 def _keeps_strides(outline: Outline) -> bool:
     """Whether the output of a transposed input is transposed; False where the output is contiguous."""
-    module = outline.stand_in(torch.float32, torch.Generator("cpu").manual_seed(0))
     input = torch.ones(_sizes(outline, False)[0], device="cpu").transpose(0, 1)
-    output = forward_of(module, input, ROWS, (-1,))
+    output = _output_of(outline.stand_in(torch.float32), False, input)
     if not output.is_contiguous() and output.stride() != input.stride():
         raise NotTriable("returns strides that none of our norms returns")
     return not output.is_contiguous()
@@ -197,11 +197,11 @@ def _cases_of(outline: Outline, rule: RowNorm) -> Iterator[Case]:
 
 def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes, requires_grad: bool) -> bool:
     """Whether autograd saves the input itself for the module's backward pass."""
-    module = outline.stand_in(dtypes[1], torch.Generator("cpu").manual_seed(0))
+    module = outline.stand_in(dtypes[1])
     input = torch.zeros(_sizes(outline, rule.channels_first)[0], dtype=dtypes[0], device="cpu")
     input.requires_grad_(requires_grad)
     with watching_saved_tensors() as is_saved:
-        _output_of(module, rule, input)
+        _output_of(module, rule.channels_first, input)
     return is_saved(input)
 
 
@@ -215,7 +215,7 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
     for sizes, scale in itertools.product(_sizes(outline, rule.channels_first), (1.0, small)):
         input = ((torch.randn(sizes, generator=generator, device="cpu") + 0.5) * scale).to(dtypes[0])
         try:
-            expected = _with_gradients(module, input, lambda x: _output_of(module, rule, x))
+            expected = _with_gradients(module, input, lambda x: _output_of(module, rule.channels_first, x))
             fused = _with_gradients(module, input, lambda x: rule.compute(module, x, "identity"))
             if expected[0].dtype != fused[0].dtype:
                 return False
@@ -233,11 +233,10 @@ def _eps_of(outline: Outline, rule: RowNorm) -> float:
     return dict(outline.settings)[rule.eps] if isinstance(rule.eps, str) else rule.eps
 
 
-def _output_of(module: nn.Module, rule: RowNorm, input: Tensor) -> Tensor:
+def _output_of(module: nn.Module, channels_first: bool, input: Tensor) -> Tensor:
     """The stand-in's output, with the operations allowed that such a norm needs."""
-    if rule.channels_first:
-        return forward_of(module, input, CHANNELS, (1, -1))
-    return forward_of(module, input, ROWS, (-1,))
+    operations, dimensions = (CHANNELS, (1, -1)) if channels_first else (ROWS, (-1,))
+    return result_of(functools.partial(type(module).forward, module), input, operations, dimensions)
 
 
 def _sizes(outline: Outline, channels_first: bool) -> list[tuple[int, ...]]:

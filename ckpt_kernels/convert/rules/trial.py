@@ -72,8 +72,9 @@ class Outline(NamedTuple):
         """Names and shapes of the parameters that are not None."""
         return {name: shape for name, shape in self.shapes if shape is not None}
 
-    def stand_in(self, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
+    def stand_in(self, dtype: torch.dtype, generator: torch.Generator | None = None) -> nn.Module:
         """A module with random parameters of that dtype, on the CPU."""
+        generator = generator or torch.Generator("cpu").manual_seed(0)
         module = object.__new__(self.kind)
         module.__dict__.update(nn.Module().__dict__ | dict(self.settings))
         for name, shape in self.shapes:
@@ -202,18 +203,6 @@ def watching_saved_tensors() -> Iterator[Callable[[Tensor], bool]]:
         yield lambda tensor: tensor.untyped_storage()._cdata in storages
 
 
-def forward_of(module: nn.Module, input: Tensor, allowed: frozenset[str], dimensions: tuple[int, ...] = ()) -> Tensor:
-    """The stand-in's output; raises NotTriable where an operation is not allowed or the output is no tensor.
-
-    Args:
-        module: the stand-in.
-        input: the input.
-        allowed: names of the allowed operations.
-        dimensions: the dimensions over which reductions are allowed.
-    """
-    return result_of(functools.partial(type(module).forward, module), input, allowed, dimensions)
-
-
 def result_of(
     function: Callable[[Tensor], Any],
     input: Tensor,
@@ -221,7 +210,11 @@ def result_of(
     dimensions: tuple[int, ...] = (),
     of_parts: bool = False,
 ) -> Tensor:
-    """`forward_of` for a function of one tensor, or `of_parts` of it, which may be clamped."""
+    """The function of a tensor, or `of_parts` of it, which may be clamped.
+
+    Raises NotTriable where an operation is not among the `allowed` names, a reduction is over other `dimensions`, or
+    the result is no tensor.
+    """
     try:
         with _AllowedOperations(allowed, dimensions, of_parts) as operations, _AllowedCalls(operations):
             output = function(input)
