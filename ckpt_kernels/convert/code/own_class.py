@@ -18,6 +18,7 @@ from .code_objects import has_type, names_in
 from .memoization import memoized
 from .scope import Scope
 from .source import NoSource, definition_of
+from .syntax_trees import is_name
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Functions with these globals take patterns and strings, and no modules.
@@ -85,7 +86,7 @@ def _bare_selves(method: types.FunctionType, tree: ast.FunctionDef) -> list[ast.
     """The uses of `self` in a method other than reading and setting attributes."""
     self_name = method.__code__.co_varnames[0]
     owners = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return [node for node in ast.walk(tree) if _is_name(node, (self_name,)) and id(node) not in owners]
+    return [node for node in ast.walk(tree) if is_name(node, (self_name,)) and id(node) not in owners]
 
 
 @memoized
@@ -118,7 +119,7 @@ def _arguments(call: ast.Call) -> list[ast.expr]:
 def _attribute_called(callee: ast.expr | None, self_name: str) -> str:
     """The name `a` where the callee is `self.a`, or an attribute or item of that; "" for other callees."""
     while isinstance(callee, ast.Attribute | ast.Subscript):
-        if isinstance(callee, ast.Attribute) and _is_name(callee.value, (self_name,)):
+        if isinstance(callee, ast.Attribute) and is_name(callee.value, (self_name,)):
             return callee.attr
         callee = callee.value
     return ""
@@ -225,12 +226,12 @@ class _ClassUses:
             return all(isinstance(target, ast.Name) for target in parent.targets)
         if not isinstance(parent, ast.Call):
             return isinstance(parent, ast.FormattedValue)
-        if parent.func is child or _is_name(parent.func, ("str", "repr", "print")):
+        if parent.func is child or is_name(parent.func, ("str", "repr", "print")):
             return True
         is_first = bool(parent.args) and parent.args[0] is child
-        if is_first and _is_name(parent.func, ("getattr", "hasattr")):
+        if is_first and is_name(parent.func, ("getattr", "hasattr")):
             return not _NOT_INHERITED.intersection(self._texts(parent.args[1]))
-        return is_first and _is_name(parent.func, ("issubclass",))
+        return is_first and is_name(parent.func, ("issubclass",))
 
     def _texts(self, tree: ast.expr) -> set[str]:
         """The values that an expression may have: a constant, or an item of a global dict; else all names."""
@@ -241,7 +242,7 @@ class _ClassUses:
         return set(values) if values and all(has_type(value, str) for value in values) else set(_NOT_INHERITED)
 
     def _is_object(self, node: ast.AST) -> bool:
-        return _is_name(node, self._objects)
+        return is_name(node, self._objects)
 
     def _is_class(self, node: ast.AST) -> bool:
         """Whether a node is `type(name)` or `name.__class__` for an object's name, or the name of a class."""
@@ -249,10 +250,6 @@ class _ClassUses:
             return node.id in self._classes and isinstance(node.ctx, ast.Load)
         if isinstance(node, ast.Attribute):
             return node.attr == "__class__" and self._is_object(node.value)
-        if not isinstance(node, ast.Call) or not _is_name(node.func, ("type",)) or len(node.args) != 1:
+        if not isinstance(node, ast.Call) or not is_name(node.func, ("type",)) or len(node.args) != 1:
             return False
         return self._is_object(node.args[0])
-
-
-def _is_name(node: ast.AST, names: Collection[str]) -> bool:
-    return isinstance(node, ast.Name) and node.id in names

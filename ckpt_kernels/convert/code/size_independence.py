@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterator
 
 from .source import NoSource, definition_of
+from .syntax_trees import index_parts, keeps_dimensions
 
 # Allowed indices of a shape.
 _INDICES = (0, 1, 2, 3, -1, -2, -3, -4)
@@ -132,13 +133,13 @@ class _SizeUses:
             # Such as x.shape[-1] and x.shape[:-1].
             bounds = [index.lower, index.upper, index.step] if isinstance(index, ast.Slice) else [index]
             return all(bound is None or _number(bound) in _INDICES for bound in bounds)
-        parts = index.elts if isinstance(index, ast.Tuple) else [index]
+        parts = index_parts(node)
         if not parts:
             return False
         *before, last = parts
-        if not all(_is_ellipsis(part) or _is_none(part) or _is_full_slice(part) for part in before):
+        if not all(map(keeps_dimensions, before)):
             return False
-        if _is_ellipsis(last) or _is_none(last) or _is_full_slice(last):
+        if keeps_dimensions(last):
             return True
         is_last = any(map(_is_ellipsis, before)) or len([p for p in parts if not _is_none(p)]) == _MAX_DIMENSIONS
         return is_last and isinstance(last, ast.Slice) and self._is_allowed_slice(last)
@@ -192,7 +193,3 @@ def _is_ellipsis(tree: ast.expr) -> bool:
 
 def _is_none(tree: ast.expr) -> bool:
     return isinstance(tree, ast.Constant) and tree.value is None
-
-
-def _is_full_slice(tree: ast.expr) -> bool:
-    return isinstance(tree, ast.Slice) and tree.lower is None and tree.upper is None and tree.step is None

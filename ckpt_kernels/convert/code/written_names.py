@@ -13,6 +13,7 @@ from typing import Any
 from .call_graph import belongs_to_torch
 from .code_objects import has_type
 from .scope import Scope
+from .syntax_trees import is_name, root_name
 
 _ON_FLOATS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)
 _DISPLAYS = (ast.List, ast.Dict, ast.Tuple, ast.ListComp, ast.DictComp)
@@ -30,23 +31,23 @@ def written_names(function: ast.FunctionDef, scope: Scope) -> Iterator[str]:
     for node in ast.walk(function):
         if isinstance(node, ast.AugAssign):
             # `+=` may extend a list or a string.
-            grows = isinstance(node.value, ast.Tuple | ast.List | ast.JoinedStr) or _name(node.target) in containers
+            grows = isinstance(node.value, ast.Tuple | ast.List | ast.JoinedStr) or is_name(node.target, containers)
             if isinstance(node.op, _ON_FLOATS) and not grows:
-                yield _root(node.target)
+                yield root_name(node.target)
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
             # String keys are those of dicts. Targets of augmented assignments are reported above as well.
             is_key = isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)
-            if not is_key and _name(node.value) not in containers:
-                yield _root(node)
+            if not is_key and not is_name(node.value, containers):
+                yield root_name(node)
         elif isinstance(node, ast.Attribute) and _is_in_place(node.attr):
-            yield _root(node)
+            yield root_name(node)
         elif isinstance(node, ast.Call):
             yield from _written_by_call(node, scope)
 
 
 def _written_by_call(call: ast.Call, scope: Scope) -> Iterator[str]:
     called = getattr(call.func, "attr", getattr(call.func, "id", ""))
-    first = _root(call.args[0]) if call.args else ""
+    first = root_name(call.args[0]) if call.args else ""
     if called in _BY_NAME:
         names = call.args[called == "getattr" :]
         # A module may compute the names of its own attributes.
@@ -63,7 +64,7 @@ def _written_by_call(call: ast.Call, scope: Scope) -> Iterator[str]:
         yield first
     for keyword in call.keywords:
         if keyword.arg == "out":
-            yield _root(keyword.value)
+            yield root_name(keyword.value)
         elif keyword.arg == "inplace" and getattr(keyword.value, "value", True):
             yield first
 
@@ -87,17 +88,6 @@ def _is_in_place(name: str) -> bool:
     """Whether a method or function of this name writes in place, by torch's and Python's conventions."""
     plain = name.removeprefix("__").removesuffix("__")
     return (name.endswith("_") and not name.endswith("__")) or plain in _IN_PLACE
-
-
-def _name(tree: ast.expr) -> str:
-    return tree.id if isinstance(tree, ast.Name) else ""
-
-
-def _root(tree: ast.AST) -> str:
-    """The name that a chain of attributes, subscripts and calls begins with, or ""."""
-    while isinstance(tree, ast.Attribute | ast.Subscript | ast.Call):
-        tree = tree.func if isinstance(tree, ast.Call) else tree.value
-    return tree.id if isinstance(tree, ast.Name) else ""
 
 
 def _values(function: ast.FunctionDef) -> dict[str, list[ast.expr | None]]:

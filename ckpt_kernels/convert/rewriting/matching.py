@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..code.straight_line import Binding, Half, Run
+from ..code.syntax_trees import index_parts, keeps_dimensions
 from ..rules.pointwise import KEPT_BY_OUTPUT
 from .fused_patterns import PATTERNS
 from .reader import Match, Operand, Reader, match_of
@@ -171,7 +172,7 @@ class Attempt:
     def _view_fits(self, tree: Binding, name: str) -> bool:
         """Whether an expression views a local name, which becomes the operand, with the view among the options."""
         base = tree
-        while isinstance(base, ast.Subscript) and _is_view(base.slice):
+        while isinstance(base, ast.Subscript) and all(map(keeps_dimensions, index_parts(base))):
             base = base.value
         if isinstance(tree, Half) or not isinstance(base, ast.Name) or base.id not in self.reader.private_locals:
             return False
@@ -208,13 +209,3 @@ def attempts(
             yield attempt
         elif attempt.gates_views(pattern):
             yield attempt
-
-
-def _is_view(index: ast.AST) -> bool:
-    """Whether an index has only None, `:` and `...`, which make a view of a tensor of any shape."""
-    parts = index.elts if isinstance(index, ast.Tuple) else [index]
-    return all(
-        (isinstance(part, ast.Constant) and part.value in (None, ...))
-        or (isinstance(part, ast.Slice) and part.lower is part.upper is part.step is None)
-        for part in parts
-    )
