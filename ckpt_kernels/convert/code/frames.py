@@ -90,10 +90,8 @@ def _inspectors(
             if node.id not in scope.locals | rebound | known.keys() and _is_any(scope.value(node), inspectors):
                 yield node.id
         elif isinstance(node, ast.Attribute) and node.attr in wanted:
-            is_known = root_name(node) not in rebound and _is_other(
-                _member(scope.value(node.value), node.attr), inspectors
-            )
-            if not is_known:
+            member = _member(scope.value(node.value), node.attr)
+            if root_name(node) in rebound or not _is_other(member, inspectors):
                 yield ast.unparse(node)
         elif isinstance(node, ast.ImportFrom):
             source = sys.modules.get(node.module or "") if not node.level else None

@@ -83,19 +83,18 @@ def _recognized(function: types.FunctionType, settings: tuple[str, ...]) -> Rota
         names, defaults = parameters_of(function)
         if len(names) - len(defaults) not in (2, 3, 4) or not all(map(is_setting, defaults.values())):
             return "takes something else than one or two heads, their tables, and settings that are numbers"
-        rotation = _try_out(function, read_function(function, _NAMES), settings)
+        rotation = _try_out(function, len(names) - len(defaults), read_function(function, _NAMES), settings)
     except NotTriable as error:
         return str(error)
     return "rotates in no way that the rotary op supports" if rotation is None else rotation
 
 
 @in_own_thread
-def _try_out(function: types.FunctionType, code: CodeSnapshot, varied: Sequence[str]) -> Rotation | None:
-    names, defaults = parameters_of(function)
+def _try_out(function: types.FunctionType, required: int, code: CodeSnapshot, varied: Sequence[str]) -> Rotation | None:
     rotation = Rotation(function, code)
-    for values in _setting_values(defaults, varied):
+    for values in _setting_values(rotation.defaults, varied):
         settings = settings_of(values)
-        for convention in _conventions(len(names) - len(defaults), "view_as_complex" in names_in(function.__code__)):
+        for convention in _conventions(required, "view_as_complex" in names_in(function.__code__)):
             dtypes = _add_forms(rotation, Trial(function, convention, values), settings)
             if dtypes is not None:
                 rotation.conventions[settings] = convention, dtypes
@@ -114,23 +113,13 @@ def _add_forms(rotation: Rotation, trial: Trial, settings: Settings) -> Supporte
         if known is None:
             continue
         sizes = (16, 16 if is_whole else 8)
-        rotation.forms |= _broadcast_forms(trial, known, settings, arrangement, sizes)
+        for ones in itertools.product((False, True), repeat=len(arrangement.lead)):
+            form = with_broadcast_dims(trial, known, arrangement, ones, *sizes)
+            if form is not None:
+                rotation.forms[OperandKind(settings, arrangement.dims, ones, is_whole)] = form
         if dtypes is None:
             dtypes = dtypes_of(trial, known.form, arrangement, *sizes)
     return dtypes
-
-
-def _broadcast_forms(
-    trial: Trial, known: KnownForm, settings: Settings, arrangement: Arrangement, sizes: tuple[int, int]
-) -> dict[OperandKind, KnownForm]:
-    """The forms of one kind of operands, and of the kinds whose tables have size 1 in other dimensions."""
-    is_whole = sizes[0] == sizes[1]
-    forms = {}
-    for ones in itertools.product((False, True), repeat=len(arrangement.lead)):
-        form = with_broadcast_dims(trial, known, arrangement, ones, *sizes)
-        if form is not None:
-            forms[OperandKind(settings, arrangement.dims, ones, is_whole)] = form
-    return forms
 
 
 def _conventions(required: int, may_be_complex: bool) -> Iterator[CallConvention]:
