@@ -236,13 +236,11 @@ def to_json(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:
 
 def draw(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:
     """Draws a PNG: kept bytes, peak and time of a step as fractions of the original model's. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     names = ("kept", "peak", "seconds")
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axis = figure.subplots()
     width = 0.8 / len(checks)
     for index, (level, result) in enumerate(checks.items()):
         ratios = [pair[1] / pair[0] if pair[0] else 0.0 for pair in (getattr(result, name) for name in names)]
@@ -255,4 +253,3 @@ def draw(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:
     axis.margins(y=0.15)
     axis.legend(title="recompute", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -106,8 +106,6 @@ def _main(arguments: Sequence[str] | None) -> int:
         "--json", type=file, metavar="FILE", help="write the figures to FILE as data, with --worst also the estimates"
     )
     options = parser.parse_args(arguments)
-    # torch's profiler, which measures the peak, logs every start and stop.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if getattr(options, "png", None) and importlib.util.find_spec("matplotlib") is None:
         print("--png needs matplotlib: pip install 'ckpt-kernels[bench]', or matplotlib itself", file=sys.stderr)
         return 2

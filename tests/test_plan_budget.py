@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import DoesNotFit, Plan, cli, memory, plan
-from ckpt_kernels.levels import OF_MODULES
+from ckpt_kernels.levels import OF_LAYERS, OF_MODULES
 from ckpt_kernels.plan.bench import ChoiceByLayer
 from ckpt_kernels.plan.budget import bytes_of
 
@@ -162,6 +162,22 @@ def test_levels_by_name(recwarn: pytest.WarningsRecorder) -> None:
         ckpt_kernels.convert(model, recompute={"blocks.*": "all"})
     with pytest.raises(TypeError, match="recompute is list"):
         ckpt_kernels.convert(model, recompute=["all"])  # type: ignore[arg-type]
+
+
+# "checkpoint" for the model is one checkpoint around all layers.
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [(name, level) for name in ("layers", "layers*") for level in (*OF_MODULES, "all, tiles=2")]
+    + [(name, level) for name in ("*", "") for level in OF_LAYERS],
+)
+def test_a_level_for_a_module_without_forward_or_for_the_model_applies_to_the_layers(name: str, level: str) -> None:
+    def saved(recompute: dict[str, str]) -> int:
+        model, tokens = made()
+        ckpt_kernels.convert(model, recompute=recompute)
+        return memory.saved_bytes(model, tokens)
+
+    around = {} if name.startswith("layers") else {"": level.replace("layer", "all")}
+    assert saved({name: level}) == saved({**around, "layers.*": level})
 
 
 @pytest.mark.parametrize("choice", OF_MODULES)

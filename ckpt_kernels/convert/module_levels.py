@@ -1,8 +1,10 @@
 """Recompute levels by module, from a mapping of names or from a plan, and the context that runs a module at a level."""
 
+import dataclasses
 import fnmatch
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +15,7 @@ from ..levels import NONE, OF_LAYERS, OF_MODELS, OF_MODULES, Policy
 from ..recompute import run_at
 from ..runs import Place, run_in
 from .forward_contexts import checkpointed, checkpointing_selectively, convert_late_modules_if_outermost
+from .layers import count_matrices, has_forward, layers_of
 from .module_tree import modules_of, named_modules
 from .rules.rule import Forward
 from .selection import Choice, Selection
@@ -114,12 +117,24 @@ class Levels:
             if not fitting:
                 raise ValueError(f"recompute names {pattern!r}; expected a name, with * and ?, that fits a module")
             below: set[nn.Module] = set()
-            for module in fitting:
+            for module in itertools.chain.from_iterable(map(_called, fitting)):
                 if module in below:
                     continue
                 below.update(modules_of(module))
                 places = (Place(len(self._level), 0, True),) if policy.is_checkpoint else ()
                 self._set_level(module, policy.inside(), places)
+                if policy.level == "layer" and not places:
+                    self._set_layers_inside(layers_of(model), module, policy)
+
+    def _set_layers_inside(self, layers: Mapping[str, nn.Module], module: nn.Module, policy: Policy) -> None:
+        """Gives the level "layer" to the layers inside a module; around them the level "all" keeps the same."""
+        inside = set(modules_of(module))
+        layers_inside = [layer for layer in layers.values() if layer in inside and count_matrices(layer) > 1]
+        if not layers_inside or module in layers_inside:
+            return
+        self._set_level(module, dataclasses.replace(policy, level="all"), ())
+        for layer in layers_inside:
+            self._set_level(layer, policy, ())
 
     def _set_level(self, module: nn.Module, policy: Policy, places: tuple[Place, ...]) -> None:
         """Sets the level of a module and of all modules below, in place of earlier levels there."""
@@ -150,6 +165,16 @@ class Levels:
             kind = f"checkpointed {policy}" if places else str(policy)
             counts[kind] = counts.get(kind, 0) + 1
         return "by module: " + (", ".join(f"{count} x {kind}" for kind, count in counts.items()) or "none")
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """The module; of a list or dict of modules, which is never called, the members."""
+    if has_forward(module):
+        yield module
+        return
+    for member in module._modules.values():
+        if member is not None:
+            yield from _called(member)
 
 
 class ConvertibleModules(Selection):

@@ -1,6 +1,7 @@
 """Measures the peak of the memory that tensors take."""
 
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +42,17 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
 def allocations(fn: Callable[[], Any]) -> list[int]:
     """The sizes of all blocks of CPU memory that tensors allocate while `fn()` runs; freed blocks are negative."""
     _check(fn)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with profile_of_memory() as profile:
         fn()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def profile_of_memory() -> torch.profiler.profile:
+    """A profiler that records every allocation of CPU memory."""
+    # The profiler logs every start and stop. The level is read when the first profiler of the process starts.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
 
 def _check(fn: Callable[[], Any]) -> None:

@@ -93,10 +93,7 @@ def text(report: "Report", depth: int | None = None) -> str:
 def draw(report: "Report", path: "str | pathlib.Path", depth: int | None = None, most: int = 15) -> None:
     """Draws a PNG with bars for the rows that keep most, the largest first, and one for all others. Needs
     matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = sorted(rows_of(report.modules, depth), key=lambda row: max(row.saved, row.other), reverse=True)
     if len(rows) > most:
@@ -105,7 +102,8 @@ def draw(report: "Report", path: "str | pathlib.Path", depth: int | None = None,
     series = [(report.titles[0], [row.saved for row in rows], report.saved, COLORS["eager"])]
     if not report.is_alike:
         series.append((report.titles[1], [row.other for row in rows], report.discarding, COLORS["ours"]))
-    figure, axis = plt.subplots(figsize=(10, 1.8 + 0.3 * len(series) * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 1.8 + 0.3 * len(series) * len(rows)), layout="constrained")
+    axis = figure.subplots()
     height = 0.8 / len(series)
     # The axis has the unit of the longest bar's label.
     unit, name = (2**20, "MiB") if max(max(values, default=0) for _, values, *_ in series) >= 2**20 else (2**10, "KiB")
@@ -124,4 +122,3 @@ def draw(report: "Report", path: "str | pathlib.Path", depth: int | None = None,
     axis.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=2, fontsize=10)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

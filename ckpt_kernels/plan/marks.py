@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.rules.rule import Forward
+from ..memory.peak import profile_of_memory
 from ..nested_values import tensors_among
 from ..runs import is_repeating
 
@@ -131,9 +132,7 @@ class Recorder:
             if self._device.type == "cuda" or not self._memory:
                 self._run_marked(step)
                 return self._points()
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            ) as profile:
+            with profile_of_memory() as profile:
                 self._run_marked(step)
             return self._profiled_points(profile)
         finally:

@@ -119,15 +119,13 @@ def _neighbours(plan: "Plan") -> Iterator[str]:
 
 def draw(plan: "Plan", path: "str | pathlib.Path") -> None:
     """Draw time against peak memory, both as fractions of eager's. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     # If eager does not fit into memory, the plan itself is the unit.
     eager = plan.steps.get("eager", plan.measured)
     unit = "eager" if "eager" in plan.steps else "the plan"
-    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axis = figure.subplots()
     if plan.frontier:
         needs = [need / eager.peak for need, _ in plan.frontier]
         seconds = [seconds / eager.seconds for _, seconds in plan.frontier]
@@ -157,4 +155,3 @@ def draw(plan: "Plan", path: "str | pathlib.Path") -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
