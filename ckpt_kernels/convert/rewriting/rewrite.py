@@ -27,8 +27,8 @@ from ..code.wrapped_functions import check_wrapper
 from ..code.written_names import written_names
 from ..rules.function_trials import activation_function
 from ..rules.gates import TriedGate, gate_at_site
-from . import fused_patterns
 from .callable_objects import replacing_call
+from .fused_patterns import PATTERNS
 from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
 from .native_sites import native_site
@@ -38,7 +38,7 @@ from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, exchanging, replacement_for
 from .result_list import has_computed, next_result
 from .roles import Role, Roles
-from .run_matching import run_matches
+from .run_matching import RunMatch, run_matches
 from .templates import guarded_call
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -118,14 +118,13 @@ class _Rewriter:
         replacements: dict[int, tuple[int, ast.stmt]] = {}
         for run in gate_runs(self.tree, block, self.scope):
             gate = gate_of_run(self.function, run, self.reader.roles)
-            if gate is not None and not taken & (indices := set(range(run.begin, run.end + 1))):
-                taken |= indices
+            if gate is not None and taken.isdisjoint(indices := range(run.begin, run.end + 1)):
+                taken.update(indices)
                 replacements[run.begin] = run.end, self._gate_statements(gate, run, block)
         candidates = run_matches(self.reader, self.tree, block, self.written)
-        for match, begin, end, norm in sorted(candidates, key=lambda c: (_rank(c.match), c.begin - c.end)):
-            indices = set(range(begin, end + 1))
-            if not taken & indices:
-                taken |= indices
+        for match, begin, end, norm in sorted(candidates, key=_rank):
+            if taken.isdisjoint(indices := range(begin, end + 1)):
+                taken.update(indices)
                 replacements[begin] = end, self._fused_statements(match, norm, block.statements[begin : end + 1])
         statements, index = [], 0
         while index < len(block.statements):
@@ -136,30 +135,25 @@ class _Rewriter:
 
     def _fused_statements(self, match: Match, norm: ast.expr | None, statements: Sequence[ast.stmt]) -> ast.stmt:
         """The replacement for a run: see `run_matching.RunMatch`."""
-        if norm is None:
-            *_, last = statements
-            return self._if_computed(match, [replaced(last, {id(match.root): next_result()})], statements)
-        first, *between, last = statements
-        total = replaced(first, {id(match.root): next_result()})
-        return self._if_computed(match, [total, *between, replaced(last, {id(norm): next_result()})], statements)
+        results = {id(match.root): next_result()} | ({} if norm is None else {id(norm): next_result()})
+        computed = [replaced(statement, results) for statement in (statements[-1:] if norm is None else statements)]
+        captured = {id(operand.tree): next_result() for operand in match.captured}
+        original = [replaced(statement, captured) for statement in statements]
+        return self._if_computed(self._has_computed(match), computed, original)
 
     def _gate_statements(self, gate: TriedGate, run: GateRun, block: Block) -> ast.stmt:
         """The replacement for a run that is a gate."""
-        original = block.statements[run.begin : run.end + 1]
-        owner, packed = ast.Name(self.scope.self_name, ast.Load()), ast.Name(run.packed, ast.Load())
-        condition = has_computed(ast.Call(self._cell(gate_at_site(gate)), [owner, packed], []))
-        last: Any = copy.copy(original[-1])
-        last.value = at(original[-1], next_result())
+        original: list[Any] = block.statements[run.begin : run.end + 1]
+        arguments: list[ast.expr] = [ast.Name(name, ast.Load()) for name in (self.scope.self_name, run.packed)]
+        condition = has_computed(ast.Call(self._cell(gate_at_site(gate)), arguments, []))
         self.descriptions.append(str(gate))
-        self._originals.append(original)
-        return ast.copy_location(ast.If(at(original[0], condition), [last], original), original[0])
+        computed = replaced(original[-1], {id(original[-1].value): next_result()})
+        return self._if_computed(at(original[0], condition), [computed], original)
 
-    def _if_computed(self, match: Match, computed: Sequence[ast.stmt], statements: Sequence[ast.stmt]) -> ast.stmt:
+    def _if_computed(self, condition: ast.expr, computed: list[ast.stmt], original: list[ast.stmt]) -> ast.stmt:
         """The `computed` statements if the fused call computes, else the original ones."""
-        captured = {id(operand.tree): next_result() for operand in match.captured}
-        original = [replaced(statement, captured) for statement in statements]
         self._originals.append(original)
-        return ast.copy_location(ast.If(self._has_computed(match), [*computed], original), statements[0])
+        return ast.copy_location(ast.If(condition, computed, original), original[0])
 
     # Expressions
 
@@ -278,5 +272,6 @@ class _Rewriter:
         return ast.Name(name, ast.Load())
 
 
-def _rank(match: Match) -> int:
-    return fused_patterns.PATTERNS.index(match.pattern)
+def _rank(candidate: RunMatch) -> tuple[int, int]:
+    """Larger patterns come first, and then longer runs."""
+    return PATTERNS.index(candidate.match.pattern), candidate.begin - candidate.end
