@@ -9,7 +9,6 @@ import functools
 import inspect
 import itertools
 import math
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 
 from ... import nn as ours
 from ..attribute_loads import loads_plainly
-from ..code.call_graph import is_unpatched
 from ..code.memoization import memoized_for_good
 from ..code.snapshots import NotTriable
 from ..module_tree import has_children, tensors_of
+from ..operands import has_forward_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import looks_like_norm
 from .norms import Case, Dtypes, Norm, RowNorm
@@ -48,7 +47,6 @@ _RULES: dict[type[nn.Module], Norm] = {
     **dict.fromkeys(_BATCH_NORMS, BatchNorm()),
     **dict.fromkeys(_INSTANCE_NORMS, InstanceNorm()),
 }
-_FORWARDS = {kind: (kind.forward, kind.forward.__code__) for kind in _RULES if is_unpatched(kind.forward)}
 # The attributes that their forwards read.
 _READ = """affine bias elementwise_affine eps momentum normalized_shape num_batches_tracked num_channels num_features
     num_groups process_group running_mean running_var track_running_stats training weight""".split()
@@ -71,11 +69,10 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
     """The rule for the norm that a module computes, and ""; or None, and a reason if the module looks like a norm."""
     if isinstance(module, _OURS):
         return None, ""
-    kind = next((kind for kind, own in _FORWARDS.items() if isinstance(module, kind) and _runs(module, *own)), None)
-    if kind is not None and not loads_plainly(type(module), *_READ):
-        return None, "computes the settings that its forward reads"
-    if kind is not None:
-        return _RULES[kind], ""
+    for kind, rule in _RULES.items():
+        if isinstance(module, kind) and has_forward_of(type(module), kind):
+            is_plain = loads_plainly(type(module), *_READ)
+            return (rule, "") if is_plain else (None, "computes the settings that its forward reads")
     if not _may_be_row_norm(module):
         return None, "computes what none of our row norms computes" if looks_like_norm(module) else ""
     try:
@@ -87,27 +84,18 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
     return None, result if looks_like_norm(module) else ""
 
 
-def _runs(module: nn.Module, forward: Callable[..., Tensor], code: types.CodeType) -> bool:
-    """Whether the module's forward is that function, unchanged."""
-    return type(module).forward is forward and forward.__code__ is code
-
-
 def _may_be_row_norm(module: nn.Module) -> bool:
     """Whether a trial is worthwhile: for a leaf module outside torch.nn with at most two vectors of one length, whose
     class is named like a norm if there is no vector."""
     parameters = [p for p in module._parameters.values() if p is not None]
     if any(nn.parameter.is_lazy(p) or p.numel() < 2 for p in parameters):
         return False
-    leaf = not has_children(module) and takes_one_argument(type(module).forward)
-    vectors = len(parameters) <= 2 and all(p.numel() == max(p.shape, default=0) for p in parameters)
-    from_torch = type(module).__module__.startswith("torch.nn.modules.")
-    return (
-        leaf
-        and vectors
-        and len({p.numel() for p in parameters}) <= 1
-        and (bool(parameters) or looks_like_norm(module))
-        and not from_torch
-    )
+    if has_children(module) or not takes_one_argument(type(module).forward):
+        return False
+    if type(module).__module__.startswith("torch.nn.modules.") or not (parameters or looks_like_norm(module)):
+        return False
+    are_vectors = len(parameters) <= 2 and all(p.numel() == max(p.shape, default=0) for p in parameters)
+    return are_vectors and len({p.numel() for p in parameters}) <= 1
 
 
 @memoized_for_good
@@ -158,20 +146,14 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
         epsilons = [1e-24 / max(shape.numel() for shape in outline.parameters.values())]
     wide = (Case(_WIDE, torch.float32, True, False),)
     shapes = tuple(outline.parameters.items())
+    has_maps = any(len(shape) > 1 for _, shape in shapes)
     for (weight, bias), eps, centered, first in itertools.product(coefficients, epsilons, (False, True), (False, True)):
-        if bias and not centered:
+        if (bias and not centered) or (has_maps and not first):
             continue
-        for offset, contiguous in itertools.product(
-            (0.0, 1.0) if weight and not centered else (0.0,), (False, True) if first else (False,)
-        ):
-            if not first and any(len(shape) > 1 for shape in outline.parameters.values()):
-                continue
+        offsets = (0.0, 1.0) if weight and not centered else (0.0,)
+        for offset, contiguous in itertools.product(offsets, (False, True) if first else (False,)):
             yield RowNorm(
-                centered,
-                weight,
-                bias,
-                eps,
-                offset,
+                *(centered, weight, bias, eps, offset),
                 channels_first=first,
                 settings=outline.settings,
                 code=outline.code,
@@ -211,7 +193,8 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
     generator = torch.Generator("cpu").manual_seed(0)
     module = outline.stand_in(dtypes[1], generator)
     # One input has usual values, the other such small ones that the place of eps shows, in float32 at least.
-    small = min(1e-3, max(math.sqrt(_eps_of(outline, rule)), _SMALLEST)) if dtypes == _WIDE else 1e-3
+    eps: float = dict(outline.settings)[rule.eps] if isinstance(rule.eps, str) else rule.eps
+    small = min(1e-3, max(math.sqrt(eps), _SMALLEST)) if dtypes == _WIDE else 1e-3
     for sizes, scale in itertools.product(_sizes(outline, rule.channels_first), (1.0, small)):
         input = ((torch.randn(sizes, generator=generator, device="cpu") + 0.5) * scale).to(dtypes[0])
         try:
@@ -227,10 +210,6 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
         except (InputRefused, RuntimeError, ValueError, TypeError, IndexError):
             return False
     return True
-
-
-def _eps_of(outline: Outline, rule: RowNorm) -> float:
-    return dict(outline.settings)[rule.eps] if isinstance(rule.eps, str) else rule.eps
 
 
 def _output_of(module: nn.Module, channels_first: bool, input: Tensor) -> Tensor:
