@@ -39,11 +39,9 @@ from .gate_runs import gate_run_roles
 from .guards import CHUNK
 from .note_reasons import ADAPTER, BIASED, noted_roles
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
-from .rewrite import Rewritten, rewritten_method
-from .roles import GATE, Role, may_match_any, role_of
+from .rewrite import rewritten_method
+from .roles import GATE, MethodRoles, Role, may_match_any, role_of
 
-# The roles of the loads in one method, by their source text.
-MethodRoles = tuple[tuple[str, Role], ...]
 _NORMS = frozenset(norm.__name__ for norm in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm))
 
 
@@ -65,15 +63,14 @@ class RewrittenMethods(Rule):
         return not _NORMS.isdisjoint(self.descriptions)
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
-        methods = {}
+        methods = {name: getattr(original, name) for name in self.names}
         for name, roles in self.roles:
-            methods[name] = getattr(original, name)
-            if (outline := _gate_in(roles)) is not None:
-                gate = gate_of_method(original, methods[name], outline)
+            if (role := dict(roles).get("", Role())).kind == GATE:
+                gate = gate_of_method(original, methods[name], GateOutline(*role.values))
                 methods[name] = methods[name] if gate is None else gated(gate, methods[name])
                 continue
             with contextlib.suppress(NoSource):  # an unpickled module may have no source here
-                if (rewritten := _rewritten(methods[name], roles, self.recompute)) is not None:
+                if (rewritten := rewritten_method(methods[name], roles, self.recompute)) is not None:
                     methods[name] = rewritten.function
         return methods
 
@@ -124,25 +121,19 @@ def _rule(
                 reason = reason or why_not
             elif is_candidate:
                 roles = roles_in(function)
-                rewritten = _rewritten(method, roles, recompute) if may_match_any(roles, recompute) else None
+                rewritten = rewritten_method(method, roles, recompute) if may_match_any(roles, recompute) else None
         except NoSource as error:
             reason = str(error)
         is_fused = rewritten is not None and rewritten.fuses and not clamps_or_casts(method)
         outline = outline_of_method(module, method) if tries_gates and not is_fused else None
         if outline is not None:
-            roles = (("", Role(GATE, values=outline)),)
-            method_roles.append((name, roles))
+            method_roles.append((name, (("", Role(GATE, values=outline)),)))
             descriptions.append(str(gate_of_method(type(module), method, outline)))
         elif rewritten is not None:
             method_roles.append((name, roles))
             descriptions += rewritten.descriptions
     rule = RewrittenMethods(tuple(method_roles), recompute, tuple(descriptions)) if method_roles else None
     return rule, reason
-
-
-def _gate_in(roles: MethodRoles) -> GateOutline | None:
-    """The outline of a method that is a gate; None for other methods."""
-    return next((GateOutline(*role.values) for _, role in roles if role.kind == GATE), None)
 
 
 def functions_in(module: nn.Module) -> Iterator[types.FunctionType]:
@@ -178,26 +169,21 @@ _METHODS = {"erf", "square", "chunk", "clamp"}.union(
 )
 
 
-@memoized
-def _rewritten(method: types.FunctionType, roles: MethodRoles, recompute: str) -> Rewritten | None:
-    return rewritten_method(method, dict(roles), recompute)
-
-
 def _roles(
     module: nn.Module | None, function: types.FunctionType, may_touch: Callable[[nn.Module], bool]
 ) -> MethodRoles:
     """The roles of the loads and formulas in a function, whose first argument is the module unless that is None."""
     loads, formulas = _read(function)
-    scope = Scope(function, _tree(function), module)
+    tree = definition_of(function).tree
+    scope, plain = Scope(function, tree, module), Scope(function, tree)
     roles = {}
-    for text, tree in loads:
-        value = scope.value(tree)
+    for text, load in loads:
+        value = scope.value(load)
         if value is not UNKNOWN:
             method = method_called(value)
             roles[text] = role_of(value, may_touch) if method is None else _object_role(method, may_touch)
     for name in _local_rotations(function):
         roles[name] = Role("local replacement")
-    plain = Scope(function, _tree(function))
     for text, functions in formulas:
         names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)} - {VALUE}
         values = tuple((name, plain.value(ast.Name(name, ast.Load()))) for name in sorted(names))
@@ -222,21 +208,17 @@ def _object_role(method: types.FunctionType, may_touch: Callable[[nn.Module], bo
 @memoized
 def _local_rotations(function: types.FunctionType) -> list[str]:
     """The local names of nested or imported functions that the function calls and that are rotations."""
-    scope = Scope(function, _tree(function))
-    calls = [node for node in ast.walk(_tree(function)) if isinstance(node, ast.Call)]
+    tree = definition_of(function).tree
+    scope = Scope(function, tree)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     callees = {call.func.id: call.func for call in calls if isinstance(call.func, ast.Name)}
     return [name for name, tree in callees.items() if is_rotation(scope.local_function(tree))]
 
 
 @memoized
-def _tree(function: types.FunctionType) -> ast.FunctionDef:
-    return definition_of(function).tree
-
-
-@memoized
 def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], list[tuple[str, list[ast.expr]]]]:
     """The loads in a function's body by their text, and the formulas with the functions and numbers in each."""
-    tree = _tree(function)
+    tree = definition_of(function).tree
     scope = Scope(function, tree)
     loads: dict[str, ast.expr] = {}
     formulas: dict[str, list[ast.expr]] = {}

@@ -9,6 +9,7 @@ Operands are evaluated once and in the original order. The rest of the method st
 """
 
 import ast
+import contextlib
 import copy
 import itertools
 import types
@@ -19,6 +20,7 @@ from ...levels import level_of_blocks
 from ...recompute import watch
 from ..code.code_objects import has_type
 from ..code.frames import PREFIX
+from ..code.memoization import memoized
 from ..code.scope import Scope
 from ..code.source import Definition, NoSource, decorator_chain, definition_of, rebuilt, redecorated
 from ..code.straight_line import OPAQUE, Block, blocks
@@ -37,7 +39,7 @@ from .noted_operations import NOTED_FUNCTIONS, NOTED_OPERATORS, noted_cast, note
 from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, exchanging, replacement_for
 from .result_list import has_computed, next_result
-from .roles import Role, Roles
+from .roles import MethodRoles, Role, Roles
 from .run_matching import RunMatch, run_matches
 from .templates import guarded_call
 
@@ -55,32 +57,25 @@ class Rewritten(NamedTuple):
     fuses: bool
 
 
-def rewritten(function: types.FunctionType, roles: Roles, recompute: str) -> Rewritten | None:
-    """The function rewritten for the roles of its loads, None if nothing changes. Raises `source.NoSource`."""
+@memoized
+def rewritten_method(method: types.FunctionType, roles: MethodRoles, recompute: str) -> Rewritten | None:
+    """The method rewritten for the roles of its loads, None if nothing changes; decorators stay. Raises `NoSource`."""
+    chain = decorator_chain(method)
+    function = chain[-1]
     definition = definition_of(function)
-    rewriter = _Rewriter(function, definition, roles, recompute)
+    rewriter = _Rewriter(function, definition, dict(roles), recompute)
     body = rewriter.rewritten_body()
     fuses = bool(rewriter.descriptions)
     if not fuses and rewriter.has_notes:
-        rewriter.descriptions += reasons_to_note(function, roles, recompute, rewriter.multiplies)
+        rewriter.descriptions += reasons_to_note(function, dict(roles), recompute, rewriter.multiplies)
     if not rewriter.descriptions:
         return None
     tree = copy.copy(definition.tree)
     tree.body = body
     made = rebuilt(function, definition._replace(tree=tree), rewriter.cells)
-    return Rewritten(made, rewriter.descriptions, fuses)
-
-
-def rewritten_method(method: types.FunctionType, roles: Roles, recompute: str) -> Rewritten | None:
-    """The same for a method, whose decorators stay."""
-    chain = decorator_chain(method)
-    inner = rewritten(chain[-1], roles, recompute)
-    if inner is None:
-        return None
-    function, descriptions, fuses = inner
     for wrapper, wrapped in itertools.pairwise(chain):
         check_wrapper(wrapper, wrapped)
-    return Rewritten(redecorated(chain, function), descriptions, fuses)
+    return Rewritten(redecorated(chain, made), rewriter.descriptions, fuses)
 
 
 class _Rewriter:
@@ -251,11 +246,10 @@ class _Rewriter:
         self.descriptions.append(description)
         return self._mapped(callee, exchanging(known, function, is_local))
 
-    def _replaced_object(self, callee: ast.expr, method: types.FunctionType, roles: Any) -> ast.expr:
-        try:
-            inner = rewritten_method(method, dict(roles), self.recompute)
-        except NoSource:
-            inner = None
+    def _replaced_object(self, callee: ast.expr, method: types.FunctionType, roles: MethodRoles) -> ast.expr:
+        inner = None
+        with contextlib.suppress(NoSource):
+            inner = rewritten_method(method, roles, self.recompute)
         if inner is None:
             return callee
         self.descriptions += inner.descriptions

@@ -55,8 +55,9 @@ class Role(NamedTuple):
     is_exact: bool = True
 
 
-# The role of each load and formula in a method, by the source text.
+# The role of each load and formula in a method, by the source text; as pairs, which can be hashed and pickled.
 Roles = Mapping[str, Role]
+MethodRoles = tuple[tuple[str, Role], ...]
 
 
 def may_match_any(roles: Iterable[tuple[str, Role]], recompute: str = "output") -> bool:
