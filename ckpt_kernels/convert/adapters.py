@@ -3,7 +3,7 @@
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .module_tree import modules_of
+from .module_tree import children_of, modules_of
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.Sequential)
 
@@ -18,7 +18,7 @@ def is_adapter(module: nn.Module) -> bool:
     for below in modules_of(module):
         if below is module:
             continue
-        if any(child is not None for child in below._modules.values()) and not isinstance(below, _CONTAINERS):
+        if children_of(below) and not isinstance(below, _CONTAINERS):
             return False
         parameters = (p for p in below._parameters.values() if p is not None and not is_lazy(p))
         trained.update(p.requires_grad for p in parameters if p.dim() == 2)

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from .code.memoization import memoized
 from .code.source import NoSource, decorator_chain, definition_of
-from .module_tree import has_children
+from .module_tree import children_of
 
 _PRODUCTS = frozenset(("linear", "matmul", "mm"))
 
@@ -19,7 +19,7 @@ def adds_bias(module: nn.Module) -> bool:
     The answer decides whether the module's methods are read, and has no influence on results.
     """
     parameters = [p for p in module._parameters.values() if p is not None and not is_lazy(p)]
-    if has_children(module) or sorted(p.dim() for p in parameters) != [1, 2]:
+    if children_of(module) or sorted(p.dim() for p in parameters) != [1, 2]:
         return False
     forward = type(module).forward
     if not isinstance(forward, types.FunctionType):

@@ -6,7 +6,7 @@ from torch import nn
 
 from .attribute_loads import is_set
 from .code.call_graph import stores_attributes
-from .module_tree import initialized_parameters, modules_of, named_modules
+from .module_tree import children_of, initialized_parameters, modules_of, named_modules
 from .rules.norms import Norm
 from .swap import may_be_swapped, rule_of
 
@@ -33,20 +33,16 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
     layers = list(_layers_in(model, is_layer))
     if not layers:
-        lists = [
-            [m for m in module._modules.values() if m is not None] for module in names if isinstance(module, _LISTS)
-        ]
-        members = max(lists, key=len, default=[])
-        layers = [m for m in members if _has_own_forward(m)]
+        lists = [children_of(module) for module in names if isinstance(module, _LISTS)]
+        longest: list[nn.Module] = max(lists, key=len, default=[])
+        layers = [member for member in longest if _has_own_forward(member)]
     order = {module: place for place, module in enumerate(names)}
     return {names[module]: module for module in sorted(dict.fromkeys(layers), key=order.__getitem__)}
 
 
 def _layers_in(module: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
     """The layers below a module. Layers inside a layer replace the outer one where they hold half of the parameters."""
-    for child in module._modules.values():
-        if child is None:
-            continue
+    for child in children_of(module):
         if not (isinstance(module, _LISTS) and is_layer(child)):
             yield from _layers_in(child, is_layer)
             continue
@@ -65,11 +61,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    return (
-        type(module).forward is not nn.Module.forward
-        and not isinstance(module, nn.ModuleList)
-        and may_be_swapped(module)
-    )
+    return has_forward(module) and not isinstance(module, nn.ModuleList) and may_be_swapped(module)
 
 
 def count_matrices(module: nn.Module) -> int:
@@ -89,8 +81,7 @@ def above_lists(model: nn.Module) -> dict[nn.Module, None]:
         if module in seen:
             return module in above
         seen.add(module)
-        children = [child for child in module._modules.values() if child is not None]
-        lists = [isinstance(child, nn.ModuleList) or holds(child) for child in children]
+        lists = [isinstance(child, nn.ModuleList) or holds(child) for child in children_of(module)]
         if any(lists):
             above[module] = None
         return any(lists)
@@ -102,7 +93,7 @@ def above_lists(model: nn.Module) -> dict[nn.Module, None]:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether the module can be called, unlike a list of modules."""
-    return type(module).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
+    return type(module).forward is not nn.Module.forward
 
 
 def may_not_repeat(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from .forward_contexts import (
 from .late_conversion import LateConversion, late_candidates
 from .layers import above_lists, count_matrices, has_forward, layers_of, may_not_repeat
 from .module_levels import AtLevel, ConvertibleModules, Levels
-from .module_tree import modules_of, named_modules, tensors_of
+from .module_tree import children_of, modules_of, named_modules, tensors_of
 from .report import Report
 from .rewriting.methods import RewrittenMethods, rewritten_methods_of
 from .rewriting.roles import looks_like_mlp
@@ -74,11 +74,9 @@ class ModelConversion(LeafConverter):
         for module, name in names.items():
             if module not in self.rules:
                 self._convert_composite(name, module)
-        discards = self.levels.whole.level != "block"
-        roots = [module for module in self._roots() if discards or module is self.model]
+        roots = [m for m in self._roots() if self.levels.whole.level != "block" or m is self.model]
         for module in roots:
-            contexts = self._contexts(module) if discards else (converting_late_modules,)
-            self._set_contexts(module, (*self._in_tiles(module), *contexts, *self._offloading(module)))
+            self._set_contexts(module, tuple(self._contexts(module)))
         self.late.begin(self.model, *roots)
         for module, name in names.items():
             self._explain(name, module)
@@ -126,7 +124,7 @@ class ModelConversion(LeafConverter):
         roots = self.above | dict.fromkeys(self.levels.named)
         for parent in () if self.levels.is_by_module else modules_of(self.model):
             if isinstance(parent, nn.ModuleList):
-                roots.update((layer, None) for layer in parent._modules.values() if layer is not None)
+                roots.update(dict.fromkeys(children_of(parent)))
         if self.levels.whole.level == "layer" and not self.levels.is_by_module:
             # Members of lists that are single modules, such as linear layers, must remain as they are: fused calls read
             # their weights.
@@ -140,31 +138,25 @@ class ModelConversion(LeafConverter):
             elif module in self.levels.named:
                 self.leave(self.names[module], module, "its forward cannot be given a level of its own")
 
-    def _in_tiles(self, module: nn.Module) -> tuple[ForwardContext, ...]:
-        """The context with the number of tiles of MLPs in a root; () where no MLP of the model has several tiles.
-
-        Otherwise every root has that context, because roots are nested in each other.
-        """
-        if self.tiles == 1 and not self.levels.has_tiles:
-            return ()
-        policy = self.levels.named[module][0] if module in self.levels.named else self.levels.whole
-        return (InTiles(policy.tiles or self.tiles),)
-
-    def _contexts(self, module: nn.Module) -> tuple[ForwardContext, ...]:
-        """The contexts in which the forward of a root discards outputs."""
+    def _contexts(self, module: nn.Module) -> Iterator[ForwardContext]:
+        """The contexts of a root, the innermost first."""
+        whole, is_named = self.levels.whole, module in self.levels.named
+        policy, places = self.levels.named.get(module, (whole, ()))
         may_repeat = module not in self.above and not any(map(may_not_repeat, modules_of(module)))
-        if module in self.levels.named:
-            policy, places = self.levels.named[module]
-            return (AtLevel(policy.level, places, may_repeat),)
-        level = self.levels.whole.level
-        if level == "layer" and (module in self.above or not self._is_layer(module)):
-            level = "all"
-        return (Discarding(level), *([checkpointing_selectively] if may_repeat else ()))
-
-    def _offloading(self, module: nn.Module) -> tuple[ForwardContext, ...]:
-        """The context that moves a root's saved tensors to host memory, where the level says so."""
-        named = self.levels.named.get(module)
-        return (self.offloading,) if named is not None and named[0].is_offloaded else ()
+        # Either every root has a number of tiles or none, because roots are nested in each other.
+        if self.tiles != 1 or self.levels.has_tiles:
+            yield InTiles(policy.tiles or self.tiles)
+        if whole.level == "block":
+            yield converting_late_modules
+        elif is_named:
+            yield AtLevel(policy.level, places, may_repeat)
+        else:
+            is_layer = module not in self.above and self._is_layer(module)
+            yield Discarding("all" if whole.level == "layer" and not is_layer else whole.level)
+            if may_repeat:
+                yield checkpointing_selectively
+        if is_named and policy.is_offloaded:
+            yield self.offloading
 
     def _set_contexts(self, module: nn.Module, contexts: tuple[ForwardContext, ...]) -> None:
         rule = rule_of(module)

@@ -20,7 +20,7 @@ from ... import nn as ours
 from ..attribute_loads import loads_plainly
 from ..code.memoization import memoized_for_good
 from ..code.snapshots import NotTriable
-from ..module_tree import has_children, tensors_of
+from ..module_tree import children_of, tensors_of
 from ..operands import has_forward_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import looks_like_norm
@@ -90,7 +90,7 @@ def _may_be_row_norm(module: nn.Module) -> bool:
     parameters = [p for p in module._parameters.values() if p is not None]
     if any(nn.parameter.is_lazy(p) or p.numel() < 2 for p in parameters):
         return False
-    if has_children(module) or not takes_one_argument(type(module).forward):
+    if children_of(module) or not takes_one_argument(type(module).forward):
         return False
     if type(module).__module__.startswith("torch.nn.modules.") or not (parameters or looks_like_norm(module)):
         return False

@@ -18,7 +18,7 @@ from ..code.code_objects import has_type
 from ..code.reachability import is_unchanged
 from ..code.settings import Settings
 from ..code.snapshots import CodeSnapshot, NotTriable
-from ..module_tree import has_children, tensors_of
+from ..module_tree import children_of, tensors_of
 from ..native_guards import ActivationGuard, Binding, ModuleGuard
 from ..operands import CALLS_FORWARD, FORWARDS, HOOKS, has_forward_of, is_called_plainly
 from ..swap import is_patched, original_of, rule_of
@@ -184,7 +184,7 @@ def _named(module: nn.Module) -> tuple[TrialResult, Settings, CodeSnapshot | Non
         plain = {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str) and k != "training"}
         return TrialResult(name), tuple(sorted(plain.items())), None
     forward = type(module).forward
-    is_leaf = not any(True for _ in tensors_of(module)) and not has_children(module)
+    is_leaf = not any(True for _ in tensors_of(module)) and not children_of(module)
     if not is_leaf or not takes_one_argument(forward) or forward is nn.Module.forward:
         return TrialResult(), (), None
     outline = outline_of(module, gradients=True)
