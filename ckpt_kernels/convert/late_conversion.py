@@ -29,14 +29,11 @@ class LateConversion:
     A module of torch's own classes is converted by class, an adapter by the source of the methods. No trials run, and
     no code of the model runs, because this happens within a training step.
 
-    Attributes:
-        seen: the modules of `LATE_CLASSES` and the adapters that were examined already, converted or not.
-        sizes: for each module whose forward looks for added modules, the number of modules inside at the last
-            search for adapters.
+    `seen` are the modules of `LATE_CLASSES` and the adapters that were examined already, converted or not; `sizes` has,
+    for each module whose forward looks for added modules, the number of modules inside at the last search for adapters.
 
     Args:
         include, exclude: the choices that `convert` was given.
-        seen: the modules that the conversion itself has examined.
         replaced, left_alone: the lists of the conversion's report, which are continued.
         levels: recompute levels by names of modules, each for all modules below that name.
     """

@@ -19,9 +19,6 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     A layer is a member of a `ModuleList` or `Sequential` that holds at least two matrices and a norm (in a model
     without norms, at least two matrices), whose class can be exchanged, and which does not consist for the most part of
     layers in lists inside. Where no list has such members, the layers are the members of the longest list.
-
-    Args:
-        model: a module, converted or not.
     """
     names = {module: name for name, module in named_modules(model)}
     has_norms = any(map(_is_norm, names))

@@ -41,11 +41,7 @@ _WRITES_OVER = "writes over its input, so it runs as written; a reader of its ou
 class ModelConversion(LeafConverter):
     """Converts a model that is not converted, and reports what was replaced.
 
-    Args:
-        model: the model.
-        levels: the recompute levels of the modules.
-        include, exclude: the choices that `convert` was given.
-        tiles: the number of tiles of MLPs whose level states none.
+    `tiles` is the number of tiles of MLPs whose level states none.
     """
 
     def __init__(self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice, tiles: int) -> None:

@@ -42,13 +42,8 @@ class NotSwapped(Exception):
 
 
 class Conversion(NamedTuple):
-    """How a class was converted.
-
-    Attributes:
-        original: the class before the conversion.
-        rule: computes the replaced methods.
-        contexts: the contexts that the forward runs in, the innermost first.
-    """
+    """The class before the conversion, the rule that computes the replaced methods, and the contexts that the forward
+    runs in, the innermost first."""
 
     original: type[nn.Module]
     rule: Rule

@@ -37,11 +37,7 @@ def why_not_rewritten(function: types.FunctionType, module: nn.Module | None = N
     """The reason, for people, why a function must not be rewritten; "" if it may be.
 
     A function may be rewritten if neither the function nor a global that the function calls inspects the function's
-    frame, and no name in the function starts with `PREFIX`.
-
-    Args:
-        function: the function.
-        module: the first argument, if known.
+    frame, and no name in the function starts with `PREFIX`. `module` is the first argument, if known.
     """
     code = function.__code__
     names = names_in(code)

@@ -35,9 +35,7 @@ _NOT_INHERITED = frozenset("__annotations__ __base__ __bases__ __dict__ __mro__ 
 def inspects_own_class(module: nn.Module, original_of: Callable[[nn.Module], type[nn.Module]]) -> bool:
     """Whether code of the module uses the module's class in a way that tells a subclass from the class.
 
-    Args:
-        module: the module.
-        original_of: the class of a module before the conversion.
+    `original_of` returns the class of a module before the conversion.
     """
     kind = original_of(module)
     if _code_inspects(kind):
@@ -172,10 +170,7 @@ def _object_inspects(kind: type, names: tuple[str, ...]) -> bool:
 def _inspects_class(function: types.FunctionType, is_classmethod: bool, first: int) -> bool:
     """Whether a function uses the class of an argument in a way that tells a subclass from the class.
 
-    Args:
-        function: the function.
-        is_classmethod: whether the first argument is the class itself.
-        first: the place of the first argument that counts.
+    The arguments from the place `first` on count; the first of a classmethod is the class itself.
     """
     code = function.__code__
     if function.__globals__ is _OF_STRINGS or not (is_classmethod or {"type", "__class__"} & names_in(code)):

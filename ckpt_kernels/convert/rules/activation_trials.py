@@ -58,10 +58,8 @@ def tried_activation(function: Callable[[Tensor], Any], has_function: bool = Fal
 def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool = False) -> TrialResult:
     """The activation that equals a function of one tensor in values and derivative.
 
-    Args:
-        compute: the function.
-        has_function: whether the gradient comes from an `autograd.Function` whose code was read. The gradient must then
-            be linear in the incoming one: the derivative times the incoming gradient, and nothing else.
+    With `has_function` the gradient comes from an `autograd.Function` whose code was read, and must be linear in the
+    incoming one: the derivative times the incoming gradient, and nothing else.
     """
     with watching_saved_tensors() as is_saved:
         points = sample_points()

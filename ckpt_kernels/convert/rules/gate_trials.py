@@ -51,13 +51,8 @@ class GateForm(NamedTuple):
 
 
 class GateTrial(NamedTuple):
-    """The result of the trial of a gate.
-
-    Attributes:
-        form: the gate.
-        dims: the numbers of dimensions for which the function is this gate.
-        keeps_input: whether torch saves the input for backward, by the dtypes for which the function is this gate.
-    """
+    """A gate that a function computes: for tensors of so many `dims`, and for the dtypes in `keeps_input`, which has
+    whether torch saves the input for backward."""
 
     form: GateForm
     dims: tuple[int, ...]

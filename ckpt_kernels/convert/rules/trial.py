@@ -53,12 +53,8 @@ class InputRefused(NotTriable):
 class Outline(NamedTuple):
     """The parts of a module that a stand-in is made from.
 
-    Attributes:
-        kind: the class.
-        forward: the class's forward.
-        code: all code and globals that the forward reaches.
-        settings: the plain attributes that the forward reads.
-        shapes: names and shapes of the parameters; None for a parameter that is None.
+    These are the class and its forward, all code and globals that the forward reaches, the plain attributes that it
+    reads, and the names and shapes of the parameters, None for a parameter that is None.
     """
 
     kind: type[nn.Module]
