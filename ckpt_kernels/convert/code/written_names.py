@@ -90,28 +90,20 @@ def _is_in_place(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or plain in _IN_PLACE
 
 
-def _values(function: ast.FunctionDef) -> dict[str, list[ast.expr | None]]:
-    """The expressions that each local name is assigned; None for unknown values, as of arguments and in loops."""
-    values: dict[str, list[ast.expr | None]] = {}
-    assigned: dict[int, ast.expr] = {}
-    for node in ast.walk(function):
-        if isinstance(node, ast.Assign):
-            assigned.update((id(target), node.value) for target in node.targets)
-        elif isinstance(node, ast.AnnAssign | ast.AugAssign) and node.value is not None:
-            assigned[id(node.target)] = node.value
-        elif isinstance(node, ast.arg):
-            values.setdefault(node.arg, []).append(None)
-    # An annotation without a value binds nothing.
-    bare = {id(n.target) for n in ast.walk(function) if isinstance(n, ast.AnnAssign) and n.value is None}
-    for node in ast.walk(function):
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load) and id(node) not in bare:
-            values.setdefault(node.id, []).append(assigned.get(id(node)))
-    return values
-
-
 def _containers(function: ast.FunctionDef) -> set[str]:
     """Names that are only ever bound to lists, tuples and dicts that the function makes.
 
     The items may be anything, but setting an item writes to no tensor.
     """
-    return {name for name, values in _values(function).items() if all(isinstance(v, _DISPLAYS) for v in values)}
+    nodes = list(ast.walk(function))
+    made: set[int] = set()
+    unbound: set[int] = set()
+    for node in nodes:
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = map(id, node.targets if isinstance(node, ast.Assign) else [node.target])
+            # An annotation without a value binds nothing.
+            unbound.update(targets if node.value is None else ())
+            made.update(targets if isinstance(node.value, _DISPLAYS) else ())
+    stored = [n for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load) and id(n) not in unbound]
+    others = {n.id for n in stored if id(n) not in made} | {n.arg for n in nodes if isinstance(n, ast.arg)}
+    return {n.id for n in stored} - others
