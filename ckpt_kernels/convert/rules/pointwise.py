@@ -72,28 +72,26 @@ class ActivationRule(UnaryRule):
 class DropoutRule(UnaryRule):
     """The rule for `torch.nn.Dropout`, which keeps no mask. The random numbers differ from those of torch's dropout."""
 
+    description = "bias_act (dropout)"
+
     def apply(self, module: Any, input: Tensor) -> Tensor | None:
         p = _probability(module)
         if module.inplace is not False or module.training is not True or not p:
             return None
         return F.bias_act(input, dropout_p=p)
 
-    def __str__(self) -> str:
-        return "bias_act (dropout)"
-
 
 @dataclass(frozen=True)
 class GLURule(UnaryRule):
     """The rule for `torch.nn.GLU` over the last dimension."""
+
+    description = "packed_glu (sigmoid)"
 
     def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
         last = type(module.dim) is int and module.dim in (-1, input.dim() - 1)
         if not last or input.dim() == 0 or input.shape[-1] % 2:
             return None
         return F.packed_glu(input, activation="sigmoid", layout="value_first")
-
-    def __str__(self) -> str:
-        return "packed_glu (sigmoid)"
 
 
 def _probability(module: Any) -> float | None:
