@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ...activations import FUNCTIONS as ACTIVATIONS
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS as FORMULAS
-from ..adapters import is_adapter
-from ..biased_linears import adds_bias
+from ..adapters import adds_bias, is_adapter
 from ..code.code_objects import has_type
 from ..code.frames import why_not_rewritten
 from ..code.memoization import memoized

@@ -5,7 +5,8 @@ An expression becomes `results.pop() if (results := guarded_call(...)).pop() els
     if (results := guarded_call(...)).pop(): the last statement, with results.pop() for the computed expression
     else: the original statements
 
-Operands are evaluated once and in the original order. The rest of the method stays as written.
+Operands are evaluated once and in the original order. Each use pops a result off the list, so that no name holds a
+tensor longer than in the original method. The rest of the method stays as written.
 """
 
 import ast
@@ -27,7 +28,7 @@ from ..code.straight_line import OPAQUE, Block, blocks
 from ..code.syntax_trees import at, replaced, with_changed_children
 from ..code.wrapped_functions import check_wrapper
 from ..code.written_names import written_names
-from ..rules.function_trials import activation_function
+from ..rules.activation_trials import activation_function
 from ..rules.gates import TriedGate, gate_at_site
 from .callable_objects import replacing_call
 from .fused_patterns import PATTERNS
@@ -38,11 +39,12 @@ from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_
 from .noted_operations import NOTED_FUNCTIONS, NOTED_OPERATORS, noted_cast, noted_function, noted_operator
 from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, exchanging, replacement_for
-from .result_list import has_computed, next_result
 from .roles import MethodRoles, Role, Roles
 from .run_matching import RunMatch, run_matches
 from .templates import guarded_call
 
+# The private name of the list of results.
+_RESULTS = f"{PREFIX}results"
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -130,9 +132,9 @@ class _Rewriter:
 
     def _fused_statements(self, match: Match, norm: ast.expr | None, statements: Sequence[ast.stmt]) -> ast.stmt:
         """The replacement for a run: see `run_matching.RunMatch`."""
-        results = {id(match.root): next_result()} | ({} if norm is None else {id(norm): next_result()})
+        results = {id(match.root): _next_result()} | ({} if norm is None else {id(norm): _next_result()})
         computed = [replaced(statement, results) for statement in (statements[-1:] if norm is None else statements)]
-        captured = {id(operand.tree): next_result() for operand in match.captured}
+        captured = {id(operand.tree): _next_result() for operand in match.captured}
         original = [replaced(statement, captured) for statement in statements]
         return self._if_computed(self._has_computed(match), computed, original)
 
@@ -140,9 +142,9 @@ class _Rewriter:
         """The replacement for a run that is a gate."""
         original: list[Any] = block.statements[run.begin : run.end + 1]
         arguments: list[ast.expr] = [ast.Name(name, ast.Load()) for name in (self.scope.self_name, run.packed)]
-        condition = has_computed(ast.Call(self._cell(gate_at_site(gate)), arguments, []))
+        condition = _condition(ast.Call(self._cell(gate_at_site(gate)), arguments, []))
         self.descriptions.append(str(gate))
-        computed = replaced(original[-1], {id(original[-1].value): next_result()})
+        computed = replaced(original[-1], {id(original[-1].value): _next_result()})
         return self._if_computed(at(original[0], condition), [computed], original)
 
     def _if_computed(self, condition: ast.expr, computed: list[ast.stmt], original: list[ast.stmt]) -> ast.stmt:
@@ -193,9 +195,9 @@ class _Rewriter:
         return at(tree, ast.Call(self._cell(noted_operator(compute)), [tree.left, tree.right], []))
 
     def _fused_expression(self, match: Match) -> ast.expr:
-        captured = {id(operand.tree): next_result() for operand in match.captured}
+        captured = {id(operand.tree): _next_result() for operand in match.captured}
         original = self._with_notes(replaced(match.root, captured))
-        return ast.copy_location(ast.IfExp(self._has_computed(match), next_result(), original), match.root)
+        return ast.copy_location(ast.IfExp(self._has_computed(match), _next_result(), original), match.root)
 
     def _with_notes(self, tree: Any) -> Any:
         """A copy with noted operators, but without fused calls, whose results would replace the captured operands."""
@@ -216,11 +218,11 @@ class _Rewriter:
         tried = activation_function(attempt.act.values[0]) if attempt.act.values and not formula else None
         function = guarded_call(pattern, captured, options, formula, tried)
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
-        condition = has_computed(ast.Call(self._cell(function), [], keywords))
+        condition = _condition(ast.Call(self._cell(function), [], keywords))
         self.descriptions.append(attempt.description(pattern))
         if (native := native_site(match, self.scope.self_name, options)) is not None:
             native_call, arguments = native
-            native_condition = has_computed(ast.Call(self._cell(native_call), arguments, []))
+            native_condition = _condition(ast.Call(self._cell(native_call), arguments, []))
             condition = ast.BoolOp(ast.Or(), [native_condition, condition])
         return at(match.root, condition)
 
@@ -269,3 +271,14 @@ class _Rewriter:
 def _rank(candidate: RunMatch) -> tuple[int, int]:
     """Larger patterns come first, and then longer runs."""
     return PATTERNS.index(candidate.match.pattern), candidate.begin - candidate.end
+
+
+def _condition(call: ast.Call) -> ast.expr:
+    """An expression that binds the results of a guarded call, and pops the last: whether the call has computed."""
+    named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
+    return ast.Call(ast.Attribute(named, "pop", ast.Load()), [], [])
+
+
+def _next_result() -> ast.expr:
+    """An expression that pops the next result."""
+    return ast.Call(ast.Attribute(ast.Name(_RESULTS, ast.Load()), "pop", ast.Load()), [], [])

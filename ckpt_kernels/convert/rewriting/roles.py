@@ -11,7 +11,7 @@ from ...activations import FUNCTIONS as ACTIVATIONS
 from ..attribute_loads import load_attribute
 from ..code.code_objects import has_type
 from ..rotations.recognition import is_rotation
-from ..rules.function_trials import activation_function
+from ..rules.activation_trials import activation_function
 from ..rules.gates import gate_of_function
 from ..rules.in_place import writes_over
 from ..rules.norms import Norm

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..operands import as_plain_tensor, has_global_hooks, is_observed, is_ordinary
-from ..rules.function_trials import TriedFunction
+from ..rules.activation_trials import TriedFunction
 from ..rules.pointwise import KEPT_BY_OUTPUT, activation_of
 from .guards import CHUNK, autocast_input, dropout_probability, linear_operands, norm_rule
 from .roles import Role

@@ -6,17 +6,21 @@ activation agree.
 
 import functools
 import math
+import sys
+import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS
-from ..code.custom_autograd import has_custom_gradient
-from ..code.memoization import memoized_for_good
-from .trial import POINTWISE, Outline, in_own_thread, result_of, watching_saved_tensors
+from ..code.call_graph import belongs_to_torch
+from ..code.memoization import memoized, memoized_for_good
+from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, has_custom_gradient
+from ..code.snapshots import CodeSnapshot, NotTriable
+from .trial import POINTWISE, Outline, in_own_thread, result_of, takes_one_argument, watching_saved_tensors
 
 
 class TrialResult(NamedTuple):
@@ -39,6 +43,48 @@ def activation_of_module(outline: Outline) -> TrialResult:
     """The activation that the module with this outline computes."""
     forward = functools.partial(outline.forward, outline.stand_in(torch.float64))
     return tried_activation(forward, has_custom_gradient(outline.code.dependencies))
+
+
+class TriedFunction(NamedTuple):
+    """A function, the result of its trial, and all code and globals that the function reaches."""
+
+    function: types.FunctionType
+    result: TrialResult
+    code: CodeSnapshot
+
+    def name_of(self, called: Any, wide: bool = False) -> str | None:
+        """The activation that a call of `called` computes now.
+
+        None for another function, for a function that has changed since the trial, and for a formula that is not exact
+        where operands are `wide`, which is float64.
+        """
+        holds = called is self.function and (self.result.is_exact or not wide)
+        return self.result.name if holds and self.code.is_same() else None
+
+
+def is_importable(function: Any) -> TypeGuard[types.FunctionType]:
+    """Whether a value is a function outside torch that can be imported under its name, so that it can be pickled."""
+    if type(function) is not types.FunctionType or belongs_to_torch(function):
+        return False
+    return getattr(sys.modules.get(function.__module__), function.__name__, None) is function
+
+
+@memoized
+def activation_function(value: Any) -> TriedFunction | None:
+    """The trial of a function that computes a known activation; None for any other value."""
+    if not is_importable(value) or not takes_one_argument(value, 0):
+        return None
+    try:
+        reader = CodeReader(nn.Module())
+        reader.read_function(value)
+        if depends_on_shapes(reader) or depends_on_dtype(reader):
+            return None
+        reader.read_modules()
+        result = tried_activation(value)
+    except NotTriable:
+        return None
+    code = CodeSnapshot((nn.Module, (), ()), reader.dependencies)
+    return None if result.name is None else TriedFunction(value, result, code)
 
 
 @in_own_thread

@@ -20,7 +20,7 @@ from ..code.reachability import is_unchanged
 from ..code.settings import Settings
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 from ..operands import as_plain_tensor, has_global_hooks, is_operand
-from .function_trials import is_importable
+from .activation_trials import is_importable
 from .gate_trials import GateTrial, gate_by_trial
 from .pointwise import activation_of
 from .trial import takes_one_argument
