@@ -1,10 +1,13 @@
 """Straight-line runs of statements: reaching definitions of their names, and liveness of the names afterwards."""
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
+
 from .evaluation_order import count_uses, first_use, loaded_names
+from .scope import Scope
 from .syntax_trees import is_name
 
 # Nodes whose insides are not analysed, as they run elsewhere, later, or not at all. A run contains none of them.
@@ -20,6 +23,8 @@ OPAQUE = (
     ast.YieldFrom,
     ast.JoinedStr,
 )
+# As it was when this package was imported: a user may patch it later.
+CHUNK = torch.chunk
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # The largest number of statements in a run.
 _MAX_LENGTH = 8
@@ -78,40 +83,26 @@ def blocks(function: ast.FunctionDef) -> Iterator[Block]:
                     waiting.append(Block(statement.orelse, False, in_with, block.in_loop))
 
 
-def runs_ending_at(
-    function: ast.FunctionDef,
-    block: Block,
-    end: int,
-    private_locals: frozenset[str],
-    is_chunk: Callable[[ast.expr], bool],
-) -> Iterator[Run]:
+def runs_ending_at(function: ast.FunctionDef, block: Block, end: int, scope: Scope) -> Iterator[Run]:
     """The runs of two and more statements that end at a statement of a block, longer ones first.
 
-    All statements of a run but the last only bind names that are read in the run and dead after the run: one of the
-    `private_locals` to a value, or two to the halves of a tensor. `is_chunk` tells whether an expression stands for
-    `torch.chunk`.
+    All statements of a run but the last only bind private local names that are read in the run and dead after the run:
+    one to a value, or two to the halves of a tensor.
     """
     for begin in range(max(0, end - _MAX_LENGTH + 1), end):
-        run = _run_between(function, block, begin, end, private_locals, is_chunk)
+        run = _run_between(function, block, begin, end, scope)
         if run is not None:
             yield run
 
 
-def _run_between(
-    function: ast.FunctionDef,
-    block: Block,
-    begin: int,
-    end: int,
-    private_locals: frozenset[str],
-    is_chunk: Callable[[ast.expr], bool],
-) -> Run | None:
+def _run_between(function: ast.FunctionDef, block: Block, begin: int, end: int, scope: Scope) -> Run | None:
     """The run from `begin` to `end`, None if the statements are no run."""
     read: set[int] = set()
     bindings: dict[int, Binding] = {}
     current: dict[str, tuple[int, Binding]] = {}
     count = 0
-    bound = [dict(_bindings(statement, is_chunk)) for statement in block.statements[begin:end]]
-    if not all(names and names.keys() <= private_locals for names in bound):
+    bound = [dict(_bindings(statement, scope)) for statement in block.statements[begin:end]]
+    if not all(names and names.keys() <= scope.private_locals for names in bound):
         return None
     for index, statement in enumerate(block.statements[begin : end + 1]):
         if any(isinstance(node, (*OPAQUE, *_DEFINITIONS)) for node in ast.walk(statement)):
@@ -130,14 +121,14 @@ def _run_between(
     return Run(begin, end, bindings)
 
 
-def _bindings(statement: ast.stmt, is_chunk: Callable[[ast.expr], bool]) -> Iterator[tuple[str, Binding]]:
+def _bindings(statement: ast.stmt, scope: Scope) -> Iterator[tuple[str, Binding]]:
     """The names that an assignment binds, with their bindings."""
     if not isinstance(statement, ast.Assign) or not (names := bound_names(statement)):
         return
     if len(names) == 1:
         yield names[0], statement.value
     else:
-        yield from zip(names, _halves(statement.value, is_chunk), strict=False)
+        yield from zip(names, _halves(statement.value, scope), strict=False)
 
 
 def bound_names(statement: ast.stmt) -> list[str]:
@@ -150,14 +141,14 @@ def bound_names(statement: ast.stmt) -> list[str]:
     return names if len(set(names)) == len(parts) else []
 
 
-def _halves(tree: ast.expr, is_chunk: Callable[[ast.expr], bool]) -> tuple[Half, ...]:
+def _halves(tree: ast.expr, scope: Scope) -> tuple[Half, ...]:
     """The halves of x in `x.chunk(2, dim)` or `torch.chunk(x, 2, dim)`; () for any other expression.
 
     `dim` is written as -1 or as a number that may be the last dimension's.
     """
     if not isinstance(tree, ast.Call):
         return ()
-    function = tree.func if is_chunk(tree.func) else None
+    function = tree.func if scope.value(tree.func) is CHUNK else None
     if function is not None:
         arguments = [*tree.args]
     elif isinstance(tree.func, ast.Attribute) and tree.func.attr == "chunk":

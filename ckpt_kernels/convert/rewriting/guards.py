@@ -28,7 +28,6 @@ from ..rules.norms import Norm
 from ..swap import original_of, rule_in_force
 
 _F_DROPOUT = nn.functional.dropout
-CHUNK = torch.chunk
 _DICTS = (dict, OrderedDict)
 _CONV1D = "transformers.pytorch_utils"
 _FORWARD, _DROPOUT = nn.Linear.forward, nn.Dropout.forward

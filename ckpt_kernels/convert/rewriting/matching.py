@@ -11,6 +11,7 @@ from typing import Any
 from ..code.straight_line import Binding, Half, Run
 from ..code.syntax_trees import index_parts, keeps_dimensions
 from ..rules.pointwise import KEPT_BY_OUTPUT
+from .formulas import formula_of
 from .fused_patterns import PATTERNS
 from .reader import Match, Operand, Reader, match_of
 from .roles import ADAPTED, Role
@@ -80,7 +81,7 @@ class Attempt:
             return True
         if not isinstance(tree, ast.Name) or not isinstance(before, ast.Name):
             return False
-        return tree.id == before.id and tree.id in self.reader.private_locals
+        return tree.id == before.id and tree.id in self.reader.scope.private_locals
 
     def _call_argument(self, tree: Binding, name: str) -> Binding | None:
         """The argument of a call whose callee has the role that a template calls `name`, and becomes an operand."""
@@ -99,7 +100,7 @@ class Attempt:
             return None
         # A name may be the value, or its binding may be a part of the formula.
         for bindings in ({}, self.bindings) if self.bindings else ({},):
-            formula = self.reader.formula(tree, bindings)
+            formula = formula_of(tree, self.reader.scope, bindings)
             if formula is None or not self._are_same_value(formula.values):
                 continue
             role = self.reader.roles.get(formula.text, Role())
@@ -174,7 +175,7 @@ class Attempt:
         base = tree
         while isinstance(base, ast.Subscript) and all(map(keeps_dimensions, index_parts(base))):
             base = base.value
-        if isinstance(tree, Half) or not isinstance(base, ast.Name) or base.id not in self.reader.private_locals:
+        if isinstance(tree, Half) or not isinstance(base, ast.Name) or base.id not in self.reader.scope.private_locals:
             return False
         self.operands.append(Operand(name, base))
         self.options[f"{name}_view"] = eval(f"lambda {base.id}: {ast.unparse(tree)}")

@@ -35,7 +35,6 @@ from ..swap import is_plain_method
 from .callable_objects import method_called
 from .formulas import VALUE, Formula, formula_of
 from .gate_runs import gate_run_roles
-from .guards import CHUNK
 from .note_reasons import ADAPTER, BIASED, noted_roles
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
 from .rewrite import rewritten_method
@@ -237,13 +236,9 @@ def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], lis
 
 def _runs(tree: ast.FunctionDef, scope: Scope) -> Iterator[tuple[Run, ast.stmt]]:
     """The runs of statements in a function, and the last statement of each."""
-
-    def is_chunk(function: ast.expr) -> bool:
-        return scope.value(function) is CHUNK
-
     for block in blocks(tree):
         for end, last in enumerate(block.statements):
-            for run in runs_ending_at(tree, block, end, scope.private_locals, is_chunk):
+            for run in runs_ending_at(tree, block, end, scope):
                 yield run, last
 
 

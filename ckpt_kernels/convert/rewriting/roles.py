@@ -10,6 +10,7 @@ from torch import nn
 from ...activations import FUNCTIONS as ACTIVATIONS
 from ..attribute_loads import load_attribute
 from ..code.code_objects import has_type
+from ..code.straight_line import CHUNK
 from ..rotations.recognition import is_rotation
 from ..rules.activation_trials import activation_function
 from ..rules.gates import gate_of_function
@@ -17,7 +18,7 @@ from ..rules.in_place import writes_over
 from ..rules.norms import Norm
 from ..rules.pointwise import ActivationRule, activation_of, pointwise_of
 from ..swap import original_of, rule_of
-from .guards import CHUNK, is_linear
+from .guards import is_linear
 from .noted_operations import NOTED_FUNCTIONS
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
 

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..code.straight_line import CHUNK
 from ..operands import as_plain_tensor, has_global_hooks, is_observed, is_ordinary
 from ..rules.activation_trials import TriedFunction
 from ..rules.pointwise import KEPT_BY_OUTPUT, activation_of
-from .guards import CHUNK, autocast_input, dropout_probability, linear_operands, norm_rule
+from .guards import autocast_input, dropout_probability, linear_operands, norm_rule
 from .roles import Role
 
 # The results of a guarded call, in the reverse order of their use.
