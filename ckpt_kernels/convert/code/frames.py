@@ -81,7 +81,7 @@ def _inspectors(
     # Names that only a nested function or a comprehension binds.
     rebound = (stored_names(tree) | {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}) - scope.locals
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id in wanted and isinstance(node.ctx, ast.Load):
+        if is_name(node, wanted) and isinstance(node.ctx, ast.Load):
             # A local variable has its value from another expression.
             if node.id not in scope.locals | rebound | known.keys() and _is_any(scope.value(node), inspectors):
                 yield node.id

@@ -16,7 +16,7 @@ from torch import nn
 from ..attribute_loads import MISSING, load_attribute
 from .code_objects import cell_value, has_type
 from .memoization import memoized
-from .syntax_trees import stored_names
+from .syntax_trees import is_name, stored_names
 
 UNKNOWN = object()
 
@@ -57,7 +57,7 @@ class Scope:
 
         A `def` makes another object at each call, always with the same code.
         """
-        if not isinstance(tree, ast.Name) or tree.id not in self.private_locals:
+        if not is_name(tree, self.private_locals):
             return UNKNOWN
         bound = [node for node in ast.walk(self._tree) if _binds(node, tree.id)]
         if len(bound) != 1:

@@ -11,7 +11,7 @@ import types
 from collections.abc import Iterator
 
 from .source import NoSource, definition_of
-from .syntax_trees import index_parts, keeps_dimensions
+from .syntax_trees import index_parts, is_name, keeps_dimensions
 
 # Allowed indices of a shape.
 _INDICES = (0, 1, 2, 3, -1, -2, -3, -4)
@@ -86,7 +86,7 @@ class _SizeUses:
             if _number(test.comparators[0]) is None and not _is_none(test.comparators[0]):
                 return False
             test = test.left
-        return isinstance(test, ast.Name) and test.id in self._arguments and test.id not in self._values
+        return is_name(test, self._arguments) and test.id not in self._values
 
     def _size_nodes(self) -> Iterator[ast.AST]:
         """The nodes that read shapes and sizes, and those that read names bound to them."""
