@@ -225,7 +225,8 @@ def _undo_subclass_hooks(converted: type, original: type, members: dict[str, Any
             if name in members:
                 if value is not members[name] and not _must_be_outermost(name, value):
                     type.__setattr__(converted, name, members[name])
-            elif name not in _PYTHONS_OWN and (name in vars(original) or not name.startswith("__")):
+            # `_abc_impl` is Python's own, the cache of isinstance for abstract base classes.
+            elif name != "_abc_impl" and (name in vars(original) or not name.startswith("__")):
                 type.__delattr__(converted, name)
 
 
@@ -237,10 +238,6 @@ def _must_be_outermost(name: str, wrapper: Any) -> bool:
     """
     names = wrapper.__code__.co_names if isinstance(wrapper, types.FunctionType) else ()
     return name in names and ("type" in names or "__class__" in names)
-
-
-# Python's own attribute of a class: the cache of isinstance for abstract base classes.
-_PYTHONS_OWN = ("_abc_impl",)
 
 
 @functools.cache
@@ -266,7 +263,6 @@ def _reduce_class(kind: type[nn.Module]) -> tuple | str:
 # A pickle holds this process's id and the class's id: a copy within the process gets the very class, any other process
 # makes the class anew.
 _PROCESS = uuid.uuid4().hex
-_NEW: Callable[..., nn.Module] = vars(copyreg)["__newobj__"]
 _classes: "weakref.WeakValueDictionary[tuple[str, int], type[nn.Module]]" = weakref.WeakValueDictionary()
 
 
@@ -275,11 +271,11 @@ def _rebuild(
     rule: Rule,
     contexts: tuple[ForwardContext, ...],
     key: tuple[str, int],
-    construct: Callable[..., nn.Module] = _NEW,
-    arguments: tuple = (),
+    construct: Callable[..., nn.Module],
+    arguments: tuple,
 ) -> nn.Module:
     """Unpickles a converted module: constructs a module of the original class as Python would, and converts it."""
-    module = construct(*(arguments or (original,)))
+    module = construct(*arguments)
     if type(module) is not original:
         return module
     kind = _classes.get(key)
