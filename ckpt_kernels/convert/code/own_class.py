@@ -98,20 +98,13 @@ def _holders_of_receivers(method: types.FunctionType) -> frozenset[str]:
         tree = definition_of(method).tree
     except NoSource:
         return every_name
-    callees = {
-        id(argument): node.func
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        for argument in _arguments(node)
-    }
-    names = [
-        _attribute_called(callees.get(id(node)), method.__code__.co_varnames[0]) for node in _bare_selves(method, tree)
-    ]
+    callees: dict[int, ast.expr] = {}
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call):
+            callees |= {id(a): call.func for a in (*call.args, *(keyword.value for keyword in call.keywords))}
+    self_name = method.__code__.co_varnames[0]
+    names = [_attribute_called(callees.get(id(node)), self_name) for node in _bare_selves(method, tree)]
     return frozenset(names) if all(names) else every_name
-
-
-def _arguments(call: ast.Call) -> list[ast.expr]:
-    return [*call.args, *(keyword.value for keyword in call.keywords)]
 
 
 def _attribute_called(callee: ast.expr | None, self_name: str) -> str:
@@ -196,15 +189,11 @@ class _ClassUses:
         # A name may be assigned from a name that a later line assigns, in a loop.
         for _ in assignments:
             for node in assignments:
-                known = (
-                    self._classes
-                    if self._is_class(node.value)
-                    else self._objects
-                    if self._is_object(node.value)
-                    else None
-                )
-                if known is not None:
-                    known.update(target.id for target in node.targets if isinstance(target, ast.Name))
+                names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+                if self._is_class(node.value):
+                    self._classes |= names
+                elif is_name(node.value, self._objects):
+                    self._objects |= names
 
     def found(self) -> Iterator[tuple[ast.AST, ast.AST]]:
         """The expressions, each after the node around."""
@@ -236,15 +225,12 @@ class _ClassUses:
         values = items_of(table)
         return set(values) if values and all(has_type(value, str) for value in values) else set(_NOT_INHERITED)
 
-    def _is_object(self, node: ast.AST) -> bool:
-        return is_name(node, self._objects)
-
     def _is_class(self, node: ast.AST) -> bool:
         """Whether a node is `type(name)` or `name.__class__` for an object's name, or the name of a class."""
         if isinstance(node, ast.Name):
             return node.id in self._classes and isinstance(node.ctx, ast.Load)
         if isinstance(node, ast.Attribute):
-            return node.attr == "__class__" and self._is_object(node.value)
+            return node.attr == "__class__" and is_name(node.value, self._objects)
         if not isinstance(node, ast.Call) or not is_name(node.func, ("type",)) or len(node.args) != 1:
             return False
-        return self._is_object(node.args[0])
+        return is_name(node.args[0], self._objects)
