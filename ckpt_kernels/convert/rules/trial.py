@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..code.memoization import memoized
 from ..code.reachability import read_forward
@@ -110,20 +110,8 @@ class _AllowedOperations(TrialMode):
         self._allowed = allowed
         self._dimensions = dimensions
         self._of_parts = of_parts
-        self._is_suspended = False
-
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Allows all operations, for a function that torch composes of several where no single kernel exists."""
-        self._is_suspended = True
-        try:
-            yield
-        finally:
-            self._is_suspended = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._is_suspended:
-            return func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotTriable("draws random numbers")
         if torch.Tag.data_dependent_output in func.tags:
@@ -146,10 +134,6 @@ class _AllowedCalls(TorchFunctionMode):
     """Ends the trial where code reads the name of a tensor's type, which depends on the device, or casts to more than a
     dtype, for example to a device."""
 
-    def __init__(self, operations: _AllowedOperations) -> None:
-        super().__init__()
-        self._operations = operations
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.type or func is Tensor.to:
             arguments = (*args[1:], *(kwargs or {}).values())
@@ -159,7 +143,8 @@ class _AllowedCalls(TorchFunctionMode):
             tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
             if len({tensor.dtype for tensor in tensors}) > 1:
                 raise InputRefused("takes an input and a weight of two dtypes")
-            with self._operations.suspended():
+            # Torch composes the function of several operations where no single kernel exists.
+            with _disable_current_modes():
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -212,7 +197,7 @@ def result_of(
     the result is no tensor.
     """
     try:
-        with _AllowedOperations(allowed, dimensions, of_parts) as operations, _AllowedCalls(operations):
+        with _AllowedOperations(allowed, dimensions, of_parts), _AllowedCalls():
             output = function(input)
     except NotTriable:
         raise
