@@ -135,5 +135,5 @@ def test_other_memory_of_a_parameter_is_an_error() -> None:
     model = made("checkpoint")
     y = model(torch.ones(4, WIDTH, dtype=torch.float64).cumsum(0))
     model[0].first.weight.data = torch.zeros_like(model[0].first.weight)
-    with pytest.raises(RuntimeError, match="a parameter of a checkpointed layer.*other memory"):
+    with pytest.raises(RuntimeError, match=r"a parameter of a checkpointed layer.*other memory"):
         y.sum().backward()

@@ -28,7 +28,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
             return False
         return not has_norms or any(map(_is_norm, modules_of(module)))
 
-    layers = list(_layers_in(model, is_layer))
+    layers = list(_layers_in(model, is_layer, {model}))
     if not layers:
         lists = [children_of(module) for module in names if isinstance(module, _LISTS)]
         longest: list[nn.Module] = max(lists, key=len, default=[])
@@ -37,15 +37,21 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     return {names[module]: module for module in sorted(dict.fromkeys(layers), key=order.__getitem__)}
 
 
-def _layers_in(module: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """The layers below a module. Layers inside a layer replace the outer one where they hold half of the parameters."""
+def _layers_in(module: nn.Module, is_layer: Callable[[nn.Module], bool], around: set[nn.Module]) -> Iterator[nn.Module]:
+    """The layers below a module. Layers inside a layer replace the outer one where they hold half of the parameters.
+
+    `around` is the module and those that contain it: modules may contain each other.
+    """
     for child in children_of(module):
-        if not (isinstance(module, _LISTS) and is_layer(child)):
-            yield from _layers_in(child, is_layer)
+        if child in around:
             continue
-        within = list(_layers_in(child, is_layer))
-        if within and 2 * sum(map(_size, within)) >= _size(child):
+        within = _layers_in(child, is_layer, around | {child})
+        if not (isinstance(module, _LISTS) and is_layer(child)):
             yield from within
+            continue
+        inner = list(within)
+        if inner and 2 * sum(map(_size, inner)) >= _size(child):
+            yield from inner
         else:
             yield child
 

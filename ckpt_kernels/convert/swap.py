@@ -101,7 +101,7 @@ def swap(module: nn.Module, rule: Rule, contexts: tuple[ForwardContext, ...] = (
 
 def add_forward_context(module: nn.Module, context: ForwardContext) -> None:
     """Puts one more context around the forward of a module, converted or not, as the outermost."""
-    conversion = getattr(type(module), _CONVERSION, None)
+    conversion = _conversion_of(type(module))
     if conversion is None:
         swap(module, ContextOnly(), (context,))
     else:
@@ -114,9 +114,14 @@ def swap_back(module: nn.Module) -> None:
     object.__setattr__(module, "__class__", original_of(module))
 
 
+def _conversion_of(kind: type[nn.Module]) -> Conversion | None:
+    """The conversion of a class, which may be inherited. A metaclass with a `__getattr__` is not asked."""
+    return next((vars(base)[_CONVERSION] for base in kind.__mro__ if _CONVERSION in vars(base)), None)
+
+
 def original_of(module: nn.Module) -> type[nn.Module]:
     """The module's class; for a converted module, the class before the conversion."""
-    conversion = getattr(type(module), _CONVERSION, None)
+    conversion = _conversion_of(type(module))
     return type(module) if conversion is None else conversion.original
 
 
@@ -150,7 +155,7 @@ def is_converted(module: nn.Module) -> bool:
         >>> ckpt_kernels.is_converted(model[0]), ckpt_kernels.is_converted(model[1])
         (True, False)
     """
-    return hasattr(type(module), _CONVERSION)
+    return _conversion_of(type(module)) is not None
 
 
 def is_wrapped(module: nn.Module) -> bool:
@@ -160,7 +165,7 @@ def is_wrapped(module: nn.Module) -> bool:
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule of a converted module, or None."""
-    conversion = getattr(type(module), _CONVERSION, None)
+    conversion = _conversion_of(type(module))
     return None if conversion is None else conversion.rule
 
 

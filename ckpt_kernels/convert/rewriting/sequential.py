@@ -1,6 +1,8 @@
 """Fusion of consecutive modules in `nn.Sequential`: a rule whose forward makes one fused call for several children."""
 
 import ast
+import collections
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,19 +59,26 @@ class SequentialRule(Rule):
     def _forward(
         self, original: Any, count: int, calls: Mapping[int, Callable[..., list[Any]]], module: nn.Module, input: Any
     ) -> Any:
-        children: list[Any] = list(module._modules.values())
-        if len(children) != count or original.__iter__ is not _ITER:
+        if len(module._modules) != count or original.__iter__ is not _ITER:
             return original.forward(module, input)
+        # A child may exchange a later one in its forward, so each is taken when its turn comes, as by Sequential.
+        children: Iterator[Any] = iter(module._modules.values())
+        begin = 0
         for index, length in self.groups:
-            group, children = children[:length], children[length:]
             results = [False]
-            if index >= 0:
+            if index >= 0 and len(module._modules) == count:
+                group = itertools.islice(module._modules.values(), begin, begin + length)
                 results = calls[index](**dict(zip(_PATTERNS[index][1], group, strict=True)), input=input)
+            begin += length
+            turn = itertools.islice(children, length)
             if results.pop():
                 input = results.pop()
+                collections.deque(turn, maxlen=0)
                 continue
-            for child in group:
+            for child in turn:
                 input = child(input)
+        for child in children:  # an error of the iterator if the number of children changed
+            input = child(input)
         return input
 
     def __str__(self) -> str:

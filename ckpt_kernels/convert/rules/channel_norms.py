@@ -25,6 +25,8 @@ class BatchNorm(Norm):
             return None
         if not (module.num_batches_tracked is None or is_plain_counter(module.num_batches_tracked)):
             return None
+        if type(module.eps) is not float or not module.eps > 0:
+            return None
         group = group_of(module) if isinstance(module, nn.SyncBatchNorm) and module.training else None
         return batch_norm_of(module, input, None, activation, group, repeat_updates=True)
 
@@ -38,6 +40,9 @@ class GroupNorm(Norm):
     def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
         # For inputs of shape (N, C) eager torch keeps less.
         if input.dim() < 3 or input.shape[1] != module.num_channels or not _are_of_channels(module, input):
+            return None
+        has_both_or_neither = (module.weight is None) is (module.bias is None)
+        if not has_both_or_neither or type(module.num_groups) is not int or module.num_groups <= 0:
             return None
         # For other layouts eager torch keeps a contiguous copy, and not the tensor that the input may be a view of.
         input = input if is_dense_map(input) else input.contiguous()
