@@ -24,6 +24,12 @@ _CALL, _CALL_IMPL = (call if is_unpatched(call) else None for call in _CALLS.val
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CALLS_FORWARD = (("__call__", _CALL), ("_call_impl", _CALL_IMPL))
 _PLAIN_CALL = ModuleGuard(nn.Module, CALLS_FORWARD, (), (), HOOKS, ("forward",))
+# The forwards of torch's modules that are not patched, and their code.
+FORWARDS = {
+    kind: (kind.forward, kind.forward.__code__)
+    for kind in vars(nn).values()
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and is_unpatched(kind.forward)
+}
 _global_hooks = nn.modules.module
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
@@ -130,6 +136,12 @@ def class_calls_forward(kind: type[nn.Module]) -> bool:
     """
     call = kind.__call__
     return kind._call_impl is _CALL_IMPL and (call is _CALL or hasattr(call, "only_names_modules"))
+
+
+def has_forward_of(kind: type[nn.Module], torchs: type[nn.Module]) -> bool:
+    """Whether a class has the forward of a class of torch, unchanged since this package was imported."""
+    forward, code = FORWARDS.get(torchs, (None, None))
+    return forward is not None and kind.forward is forward and forward.__code__ is code
 
 
 def is_plain_instance(module: nn.Module) -> bool:

@@ -37,41 +37,39 @@ _ARE_UNPATCHED = is_unpatched(_FORWARD) and is_unpatched(_ITER)
 
 @dataclass(frozen=True)
 class SequentialRule(Rule):
-    """The rule of a sequence of `length` modules.
+    """The rule of a sequence of modules, in groups.
 
-    `places` has for each child the index into `_PATTERNS` of the chain that begins there, or -1.
+    `groups` has for each group the index into `_PATTERNS` of the chain that its modules are, or -1 for a module alone,
+    and the number of modules.
     """
 
-    length: int
-    places: tuple[int, ...]
+    groups: tuple[tuple[int, int], ...]
     recompute: str
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
-        patterns = {place: _PATTERNS[place][0] for place in self.places if place >= 0}
+        patterns = {index: _PATTERNS[index][0] for index, _ in self.groups if index >= 0}
         recompute = {"recompute": self.recompute}
         calls = {
-            place: guarded_call(pattern, (), recompute if "recompute" in pattern.parameters else {})
-            for place, pattern in patterns.items()
+            index: guarded_call(pattern, (), recompute if "recompute" in pattern.parameters else {})
+            for index, pattern in patterns.items()
         }
-        return {"forward": lambda module, input: self._forward(original, module, input, calls)}
+        count = sum(length for _, length in self.groups)
+        return {"forward": lambda module, input: self._forward(original, count, calls, module, input)}
 
     def _forward(
-        self, original: Any, module: nn.Module, input: Any, calls: Mapping[int, Callable[..., list[Any]]]
+        self, original: Any, count: int, calls: Mapping[int, Callable[..., list[Any]]], module: nn.Module, input: Any
     ) -> Any:
-        if len(module._modules) != self.length or original.__iter__ is not _ITER:
+        if len(module._modules) != count or original.__iter__ is not _ITER:
             return original.forward(module, input)
         # A child may exchange a later one in its forward, so each is taken when its turn comes, as by Sequential.
         children: Iterator[Any] = iter(module._modules.values())
-        index = 0
-        while index < self.length:
-            place, length = self.places[index], 1
+        begin = 0
+        for index, length in self.groups:
             results = [False]
-            if place >= 0 and len(module._modules) == self.length:
-                names = _PATTERNS[place][1]
-                length = len(names)
-                group = itertools.islice(module._modules.values(), index, index + length)
-                results = calls[place](**dict(zip(names, group, strict=True)), input=input)
-            index += length
+            if index >= 0 and len(module._modules) == count:
+                group = itertools.islice(module._modules.values(), begin, begin + length)
+                results = calls[index](**dict(zip(_PATTERNS[index][1], group, strict=True)), input=input)
+            begin += length
             turn = itertools.islice(children, length)
             if results.pop():
                 input = results.pop()
@@ -84,7 +82,7 @@ class SequentialRule(Rule):
         return input
 
     def __str__(self) -> str:
-        return "; ".join(_PATTERNS[index][0].description for index in self.places if index >= 0)
+        return "; ".join(_PATTERNS[index][0].description for index, _ in self.groups if index >= 0)
 
 
 def sequential_rule(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> SequentialRule | None:
@@ -93,14 +91,13 @@ def sequential_rule(module: nn.Module, recompute: str, may_touch: Callable[[nn.M
     if not _ARE_UNPATCHED or kind.forward is not _FORWARD or kind.__iter__ is not _ITER:
         return None
     roles = [role_of(child, may_touch) for child in module._modules.values()]
-    places: list[int] = []
-    while len(places) < len(roles):
-        rest = roles[len(places) :]
-        index = next((i for i, (pattern, names) in enumerate(_PATTERNS) if _begins(rest, pattern, names)), -1)
-        length = len(_PATTERNS[index][1]) if index >= 0 else 1
+    groups: list[tuple[int, int]] = []
+    while roles:
+        index = next((i for i, (pattern, names) in enumerate(_PATTERNS) if _begins(roles, pattern, names)), -1)
         # The last linear layer of one MLP may be the first of the next: the first fused call gets the layer.
-        places += [index, *[-1] * (length - 1)]
-    return SequentialRule(len(roles), tuple(places), recompute) if any(index >= 0 for index in places) else None
+        groups.append((index, len(_PATTERNS[index][1]) if index >= 0 else 1))
+        roles = roles[groups[-1][1] :]
+    return SequentialRule(tuple(groups), recompute) if any(index >= 0 for index, _ in groups) else None
 
 
 def _begins(roles: Sequence[Role], pattern: Pattern, names: tuple[str, ...]) -> bool:
