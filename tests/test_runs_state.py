@@ -76,6 +76,15 @@ def evaluate(layer: nn.Module) -> None:
     layer.eval()
 
 
+def freeze(layer: nn.Module) -> None:
+    layer.first.weight.requires_grad_(False)
+
+
+def convert_again(layer: nn.Module) -> None:
+    if ckpt_kernels.is_converted(layer):
+        ckpt_kernels.convert(layer, recompute="block")
+
+
 def keep(layer: nn.Module) -> None:
     pass
 
@@ -90,6 +99,8 @@ CHANGES = (
     remove_hook,
     add_hook,
     evaluate,
+    freeze,
+    convert_again,
     keep,
 )
 

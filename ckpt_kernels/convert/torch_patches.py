@@ -21,12 +21,13 @@ _OF_TORCH = """add addmm batch_norm chunk erf group_norm instance_norm layer_nor
     sqrt square tanh""".split()
 # The methods that Tensor itself defines; it inherits all others.
 _METHODS = "__iter__ __neg__ __pow__ __rdiv__ __rpow__ __rsub__ __rtruediv__ split".split()
+_IN_C = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 
 
 def _expected(function: Any) -> Any:
     """The function itself if torch's or Python's. For a function that was patched before this package was imported, an
     object that equals nothing, so that `are_patched` is always true."""
-    return function if isinstance(function, types.BuiltinFunctionType) or belongs_to_torch(function) else object()
+    return function if isinstance(function, _IN_C) or belongs_to_torch(function) else object()
 
 
 # With modules for holders, whose attributes torch.compile guards one by one.

@@ -4,12 +4,13 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from .code.source import NoSource, decorator_chain
 from .forward_contexts import ForwardContext
 from .native_guards import Binding, are_same, native_same_check
 from .rules.rule import Forward
@@ -20,8 +21,20 @@ _CHANGEABLE = ("__code__", "__defaults__", "__kwdefaults__")
 
 def method_bindings(kind: type, name: str, method: Any) -> tuple[Binding, ...]:
     """The bindings that hold as long as the class has this method under that name, as the method is now."""
-    attributes = _CHANGEABLE if type(method) is types.FunctionType else ()
-    return (kind, name, method), *((method, attribute, getattr(method, attribute)) for attribute in attributes)
+    functions = _functions_of(method)
+    return (kind, name, method), *(
+        (f, attribute, getattr(f, attribute)) for f in functions for attribute in _CHANGEABLE
+    )
+
+
+def _functions_of(method: Any) -> Sequence[types.FunctionType]:
+    """The functions whose code runs in a call of the method: the method itself, and those that decorators wrap."""
+    if type(method) is not types.FunctionType:
+        return ()
+    try:
+        return decorator_chain(method)
+    except NoSource:
+        return (method,)
 
 
 def unless_patched(bindings: tuple[Binding, ...], method: Forward) -> Forward:

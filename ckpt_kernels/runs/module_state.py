@@ -1,5 +1,5 @@
-"""The state of modules that a repeated call must find as the first call did: plain attributes, parameters, buffers,
-children and hooks."""
+"""The state of modules that a repeated call must find as the first call did: class, plain attributes, parameters and
+whether they require gradients, buffers, children and hooks."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -30,14 +30,15 @@ class ModuleState:
         types: only attributes of these types; None for all.
     """
 
-    __slots__ = ("_attributes", "_containers", "_module", "_names")
+    __slots__ = ("_attributes", "_containers", "_kind", "_module", "_names", "_require_gradients")
 
     def __init__(self, module: nn.Module, types: frozenset[type] | None = _PLAIN) -> None:
         own = vars(module)
-        self._module = module
+        self._module, self._kind = module, type(module)
         self._names = frozenset(own)
         self._attributes = {name: value for name, value in own.items() if types is None or type(value) in types}
         self._containers = {name: own[name].copy() for name in _CONTAINERS if own.get(name)}
+        self._require_gradients = [(p, p.requires_grad) for p in own["_parameters"].values() if p is not None]
 
     def restore(self) -> None:
         """Give the module this state. Nothing is written where the state is the same."""
@@ -52,6 +53,11 @@ class ModuleState:
             if not _are_same(container, before):
                 container.clear()
                 container.update(before)
+        for parameter, requires_grad in self._require_gradients:
+            if parameter.requires_grad is not requires_grad:
+                parameter.requires_grad_(requires_grad)
+        if type(self._module) is not self._kind:
+            object.__setattr__(self._module, "__class__", self._kind)
 
 
 def _are_same(some: dict[Any, Any], others: dict[Any, Any]) -> bool:
