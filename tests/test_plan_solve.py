@@ -26,7 +26,9 @@ def chain(rng: random.Random, stages: int, choices: int, runs: bool) -> list[Sta
         may_repeat = runs and rng.random() < 0.9
         outside = rng.choice([*costs, None]) if choices > 1 else None
         costs = {name: replace(cost, may_be_inside=name != outside) for name, cost in costs.items()}
-        checkpointed = Checkpointed(rng.randint(0, 2), output + rng.randint(0, 30), rng.random(), rng.random() / 10)
+        checkpointed = Checkpointed(
+            rng.randint(0, 2), output + rng.randint(0, 30), rng.random(), rng.random() / 10, rng.random()
+        )
         follows = index > 0 and rng.random() < 0.8
         left = rng.randint(-20, 20)
         found.append(

@@ -95,6 +95,8 @@ class Chain:
             stage = self.stages[end]
             if stage.checkpointed is None or (end > first and not stage.follows):
                 return
+            if end == first:
+                seconds = stage.checkpointed.begin
             # The output of the stage before is freed only when this stage has computed its own output.
             forward_peak = max(forward_peak, kept + before + stage.checkpointed.forward_peak)
             kept += stage.checkpointed.kept

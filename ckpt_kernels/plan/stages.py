@@ -141,14 +141,15 @@ class Stages:
         least = min(added.values())
         costs = costs | {level: replace(inside[level], inside=more - least) for level, more in added.items()}
         kept = max(checkpoint.kept - output, 0)
-        return costs, Checkpointed(kept, checkpoint.forward_peak, least, min(plain.saved, discarding.saved))
+        saved, begin = min(plain.saved, discarding.saved), self._seconds.begin(index)
+        return costs, Checkpointed(kept, checkpoint.forward_peak, least, saved, begin)
 
     def _runs_twice(self, checkpoint: str, index: int, within: Cost) -> "_Twice":
         """Compare a layer in a checkpoint with the same layer, at the level within, outside.
 
         The second run stops early, though not before half of the pass.
         """
-        forward, backward = (self._seconds.of((part, index), checkpoint) for part in ("forward", "backward"))
+        forward, backward = self._seconds.of_run(index, checkpoint)
         more = backward - within.seconds
         return _Twice(forward - within.forward + max(more, 0.0), min(max(-more, 0.0), within.forward / 2))
 
