@@ -14,6 +14,7 @@ from ..bitwise_check import checksum_of
 from ..call_state import BufferSnapshot, autocast_state
 from ..nested_values import tensors_among
 from ..random_state import RandomState
+from .arguments import version_of
 from .held import Held
 
 if TYPE_CHECKING:
@@ -67,13 +68,14 @@ class Call:
         self.written: list[BufferSnapshot] = []
         self.autocast = autocast_state()
         self.backend = backends.chosen()
-        self.parameters = _versions_of(held.parameters)
+        self.parameters = held.parameters
+        self.versions = _versions_of(held.parameters)
 
     def repeat(self, args: list[Any], kwargs: dict[str, Any], alone: bool) -> list[Tensor]:
         """Repeats the call with the random numbers, autocast, backend and buffers of the first pass. Returns the
-        result's tensors."""
-        for parameter, version in self.parameters:
-            if parameter._version != version:
+        result's tensors. The run restores the generators afterwards."""
+        for parameter, version in zip(self.parameters, self.versions, strict=False):
+            if version_of(parameter) != version:
                 raise RuntimeError(
                     f"a parameter of a checkpointed layer, {parameter.dtype} {tuple(parameter.shape)}, was modified by "
                     f"an in-place operation since: it is at version {parameter._version}; expected version {version}"
@@ -81,9 +83,9 @@ class Call:
         # A sharded layer gathers its weights in hooks of the module. For a single layer the backward pass has gathered
         # them.
         function = self.module if not alone and is_sharded(self.module) else self.function
+        # The state is restored also if nothing was drawn: a layer may put a generator's state back itself.
+        self.random.restore()
         with contextlib.ExitStack() as stack:
-            # The state is restored also if nothing was drawn: a layer may put a generator's state back itself.
-            stack.enter_context(self.random.restored())
             for buffer in self.written:
                 stack.enter_context(buffer.restored())
             if backends.chosen() != self.backend:
@@ -94,11 +96,11 @@ class Call:
             return list(tensors_among(function(*args, **kwargs)))
 
 
-def _versions_of(parameters: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, int]]:
+def _versions_of(parameters: Sequence[nn.Parameter]) -> tuple[int | None, ...]:
     """The versions of parameters; none in distributed runs, where sharding gathers and frees parameters."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return []
-    return [(parameter, parameter._version) for parameter in parameters if not parameter.is_inference()]
+        return ()
+    return tuple(map(version_of, parameters))
 
 
 def is_sharded(module: nn.Module) -> bool:
