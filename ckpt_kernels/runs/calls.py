@@ -1,6 +1,7 @@
 """A layer's call, with everything that is needed to repeat the call exactly."""
 
 import contextlib
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,6 +20,10 @@ from .held import Held
 
 if TYPE_CHECKING:
     from .run import Run
+
+
+_CAN_BE_DISTRIBUTED = torch.distributed.is_available()
+_VERSION = operator.attrgetter("_version")
 
 
 class Place(NamedTuple):
@@ -98,9 +103,12 @@ class Call:
 
 def _versions_of(parameters: Sequence[nn.Parameter]) -> tuple[int | None, ...]:
     """The versions of parameters; none in distributed runs, where sharding gathers and frees parameters."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _CAN_BE_DISTRIBUTED and torch.distributed.is_initialized():
         return ()
-    return tuple(map(version_of, parameters))
+    try:
+        return tuple(map(_VERSION, parameters))
+    except RuntimeError:  # inference tensors have no version
+        return tuple(map(version_of, parameters))
 
 
 def is_sharded(module: nn.Module) -> bool:
