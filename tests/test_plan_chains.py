@@ -225,7 +225,7 @@ def test_a_plan_at_the_peak_of_the_square_root_rule_runs_no_layer_more_often(mon
     budget = peak(rule, x)
     lines: list[str] = []
     plan = ckpt_kernels.plan(chain, x, budget=budget, progress=lines.append)
-    # Memory at six choices, what runs twice, times, the plan's memory, two rivals twice, and eager once.
+    # Memory at six choices, what runs twice, times, the plan's memory, the plan and a rival twice, and eager once.
     assert plan.count == len(lines) <= 6 + 1 + Pattern([0] * 16, 7).steps + 1 + 2 * 2 + 1 == 15
     plan.apply()
     assert peak(chain, x) <= budget
