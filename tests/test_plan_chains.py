@@ -58,6 +58,13 @@ def test_a_choice_that_is_better_within_a_checkpoint_alone_is_kept() -> None:
     assert list(_undominated(costs)) == ["none", "output"]
 
 
+def test_of_levels_with_equal_bytes_the_one_that_runs_less_again_stays() -> None:
+    costs = {"all": Cost(10, 10, 5, 1.25, 2.0), "layer": Cost(10, 10, 5, 1.0, 2.0)}
+    assert list(_undominated(costs)) == ["all"]
+    assert list(_undominated({**costs, "layer": Cost(10, 10, 4, 1.5, 2.0)})) == ["all", "layer"]
+    assert list(_undominated({"none": costs["all"], "block": costs["layer"]})) == ["block"]
+
+
 def test_layers_that_are_alike_need_few_timed_steps_in_stretches() -> None:
     assert (Pattern([0] * 8, 7).steps, Pattern([0] * 8, 7).longest) == (4, 1)
     assert [Pattern([0] * layers, 7).steps for layers in (MANY - 1, MANY)] == [21, 7]
