@@ -156,3 +156,19 @@ def test_other_memory_of_a_parameter_is_an_error() -> None:
     model[0].first.weight.data = torch.zeros_like(model[0].first.weight)
     with pytest.raises(RuntimeError, match=r"a parameter of a checkpointed layer.*other memory"):
         y.sum().backward()
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (2 * x).sin()
+
+
+def test_a_layer_with_a_scripted_child() -> None:
+    def derived(level: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), torch.jit.script(Doubled()), nn.Linear(WIDTH, WIDTH))
+        model = nn.Sequential(model)
+        ckpt_kernels.convert(model, recompute={"0": level})
+        return list(torch.autograd.grad(model(torch.ones(2, WIDTH)).sum(), list(model.parameters())))
+
+    torch.testing.assert_close(derived("checkpoint"), derived("none"))

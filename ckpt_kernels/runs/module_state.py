@@ -5,6 +5,7 @@ A state holds the attributes themselves and no copies. So a tensor that the forw
 state of a recurrent layer, is kept until the state goes, with the backward pass.
 """
 
+import collections
 import contextlib
 import operator
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,8 @@ class ModuleStates:
             own = vars(module)
             self._dicts.append((own, own.copy()))
             for name in _CONTAINERS:
-                if (container := own.get(name)) is not None:
+                # Scripted modules, for one, have objects of another type here, which are not restored.
+                if type(container := own.get(name)) in _DICTS:
                     self._dicts.append((container, container.copy() if container else _EMPTY))
 
     def are_current(self) -> bool:
@@ -86,6 +88,7 @@ class ModuleStates:
                 now.restore()
 
 
+_DICTS = (dict, collections.OrderedDict)
 _EMPTY: dict[str, Any] = {}
 
 
