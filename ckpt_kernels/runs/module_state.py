@@ -49,7 +49,8 @@ class ModuleStates:
             self._dicts.append((own, own.copy()))
             for name in _CONTAINERS:
                 # Scripted modules, for one, have objects of another type here, which are not restored.
-                if type(container := own.get(name)) in _DICTS:
+                container: Any = own.get(name)
+                if type(container) in _DICTS:
                     self._dicts.append((container, container.copy() if container else _EMPTY))
 
     def are_current(self) -> bool:
