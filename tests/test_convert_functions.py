@@ -77,6 +77,35 @@ class Plain(nn.Module):
         return self.last(own_gelu(self.first(x)))
 
 
+class ByMethod(Plain):
+    """An MLP whose activation is a method that names no child."""
+
+    def act(self, h: Tensor) -> Tensor:
+        return own_silu(h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x)))
+
+
+class OnlyFunction(nn.Module):
+    """A module without children, which the conversion does not try because of the second argument."""
+
+    def forward(self, x: Tensor, shift: float) -> Tensor:
+        return own_silu(x) + shift
+
+
+class Held(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = own_silu
+
+    def act(self, h: Tensor) -> Tensor:
+        return self.function(h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x)))
+
+
 class Ramp(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(F.hardtanh(self.first(x), 0.0, 6.0))
@@ -145,6 +174,27 @@ def test_functions_of_the_file_are_activations(
     made: Callable[[], nn.Module], said: str, units: int, rows: Tensor
 ) -> None:
     check(made, rows, said, units)
+
+
+@pytest.mark.parametrize("made", [ByMethod, Held])
+def test_methods_that_name_no_child_are_read(made: Callable[[], nn.Module], rows: Tensor) -> None:
+    model = made().to(DEVICE)
+    eager = copy.deepcopy(model)
+    report = ckpt_kernels.convert(model)
+    assert [entry.by for entry in report.replaced] == ["bias_act (silu)"]
+    for found, expected in zip(results(model, rows), results(eager, rows), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # The input of the first product and the input of the activation.
+    assert saved_bytes(model, rows) == 5 * rows.nbytes
+
+
+def test_a_module_without_children_is_read(rows: Tensor) -> None:
+    model = OnlyFunction()
+    rows.requires_grad_()
+    expected = model(rows, 2.0)
+    assert [entry.by for entry in ckpt_kernels.convert(model).replaced] == ["bias_act (silu)"]
+    torch.testing.assert_close(model(rows, 2.0), expected)
+    assert saved_bytes(model, rows, 2.0) == rows.nbytes
 
 
 def test_torchs_hardtanh_is_recognised_by_its_arguments(rows: Tensor) -> None:

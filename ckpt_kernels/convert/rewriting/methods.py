@@ -8,7 +8,7 @@ import ast
 import contextlib
 import itertools
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...activations import FUNCTIONS as ACTIVATIONS
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS as FORMULAS
 from ..adapters import is_adapter
 from ..biased_linears import adds_bias
-from ..code.code_objects import has_type
 from ..code.frames import why_not_rewritten
 from ..code.memoization import memoized
 from ..code.scope import UNKNOWN, Scope
@@ -29,16 +27,16 @@ from ..code.source import NoSource, decorator_chain, definition_of
 from ..code.straight_line import Binding, Run, blocks, runs_ending_at
 from ..rotations.recognition import is_rotation
 from ..rules.activation_trials import TrialResult, activation_by_trial
-from ..rules.gates import GateOutline, clamps_or_casts, gate_of_method, gated, may_be_gate, outline_of_method
+from ..rules.gates import GateOutline, clamps_or_casts, gate_of_method, gated, outline_of_method
 from ..rules.rule import Rule
 from ..rules.trial import in_own_thread
 from ..swap import is_plain_method
 from .callable_objects import method_called
+from .candidates import is_candidate
 from .formulas import VALUE, Formula, formula_of
 from .gate_runs import gate_run_roles
 from .guards import CHUNK
 from .note_reasons import ADAPTER, BIASED, noted_roles
-from .replacements import FUNCTION_TYPES, REPLACEMENTS
 from .rewrite import Rewritten, rewritten_method
 from .roles import GATE, Role, may_match_any, role_of
 
@@ -119,10 +117,10 @@ def _rule(
         rewritten = None
         try:
             function = decorator_chain(method)[-1]
-            is_candidate = read_all or _names_any(function, children) or bool(noted_roles(function, recompute))
-            if is_candidate and (why_not := why_not_rewritten(function, module)):
+            is_read = read_all or is_candidate(function, module, children) or bool(noted_roles(function, recompute))
+            if is_read and (why_not := why_not_rewritten(function, module)):
                 reason = reason or why_not
-            elif is_candidate:
+            elif is_read:
                 roles = roles_in(function)
                 rewritten = _rewritten(method, roles, recompute) if may_match_any(roles, recompute) else None
         except NoSource as error:
@@ -161,21 +159,6 @@ def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
             if name not in seen and is_plain_method(method) and not name.startswith("__"):
                 yield name, method
             seen.add(name)
-
-
-def _names_any(function: types.FunctionType, children: Collection[str]) -> bool:
-    """Whether a function names a child of the module, or a function that a formula or a replacement starts from."""
-    if not (names := set(function.__code__.co_names)).isdisjoint(_METHODS | set(children)):
-        return True
-    values = (function.__globals__.get(name) for name in names | set(function.__code__.co_freevars))
-    functions = [value for value in values if has_type(value, FUNCTION_TYPES)]
-    return any(value in ACTIVATIONS or value in REPLACEMENTS or may_be_gate(value, 0) for value in functions)
-
-
-# The names of functions and methods that a formula, a replacement or a note starts from.
-_METHODS = {"erf", "square", "chunk", "clamp"}.union(
-    function.__name__ for function in (*ACTIVATIONS, *REPLACEMENTS) if hasattr(function, "__name__")
-)
 
 
 @memoized

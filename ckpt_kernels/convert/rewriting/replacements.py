@@ -19,9 +19,10 @@ from ..code.code_objects import has_type
 from ..operands import as_plain_tensor, is_called_plainly, is_operand, is_ordinary
 from ..rotations.recognition import is_rotation, replacing_local_rotation, replacing_rotation, settings_in
 from ..rules.channel_norms import are_running_statistics
+from ..rules.function_trials import TriedFunction, activation_function
 from ..rules.gates import gate_of_function, replacing_gate
 from ..rules.norms import is_dense_map
-from ..rules.pointwise import ActivationRule, pointwise_of
+from ..rules.pointwise import KEPT_BY_OUTPUT, ActivationRule, pointwise_of
 
 # Torch's functions as they were when this package was imported: a user may patch them later.
 theirs = types.SimpleNamespace(**vars(torch.nn.functional))
@@ -45,6 +46,9 @@ def replacement_for(known: Any, call: ast.Call, is_local: bool) -> tuple[Callabl
         return rotation(known, settings_in(call, known)), "rotary"
     if (gate := gate_of_function(known)) is not None:
         return replacing_gate(known), str(gate)
+    tried = activation_function(known)
+    if tried is not None and tried.name not in KEPT_BY_OUTPUT:
+        return replacing_activation(tried), f"bias_act ({tried.name})"
     return None
 
 
@@ -57,6 +61,26 @@ def replacing_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
         if kind is None:
             return replacement(input, *args, **kwargs)
         return replacement(plain, *args, **kwargs).as_subclass(kind)
+
+    return lambda called: call if called is function else called
+
+
+def replacing_activation(tried: TriedFunction) -> Callable[[Any], Any]:
+    """The same for a function that computes an activation by a trial."""
+    function = tried.function
+
+    def computed(argument: Any) -> Tensor | None:
+        input, kind = as_plain_tensor(argument)
+        # The user may write in place to an input that eager torch does not save.
+        if not is_operand(input) or (torch.is_grad_enabled() and not tried.keeps_input):
+            return None
+        name = tried.name_of(function, input.dtype is torch.float64)
+        output = None if name is None else ours.bias_act(input, activation=name)
+        return output if output is None or kind is None else output.as_subclass(kind)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = computed(args[0]) if len(args) == 1 and not kwargs else None
+        return function(*args, **kwargs) if output is None else output
 
     return lambda called: call if called is function else called
 
