@@ -14,7 +14,7 @@ from ...activations import FUNCTIONS as ACTIVATIONS
 from ..code.call_graph import belongs_to_torch, reachable_functions
 from ..code.code_objects import cell_value, has_type
 from ..rotations.recognition import is_rotation
-from ..rules.function_trials import activation_function
+from ..rules.activation_trials import activation_function
 from ..rules.gates import may_be_gate
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
 
