@@ -246,7 +246,8 @@ def _formula_role(text: str, values: tuple[tuple[str, Any], ...], functions: tup
         with torch.no_grad():
             results = compute(points.clone())
         close = (torch.allclose(results, FORMULAS[name](points), rtol=1e-6, atol=1e-6) for name in NAMES)
-        name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else TrialResult()
-        return Role() if name is None else Role("formula", name, not keeps_input, functions, is_exact)
+        trial = activation_by_trial(compute) if any(close) else TrialResult()
+        role = Role("formula", trial.name or "", not trial.keeps_input, functions, trial.is_exact)
+        return role if trial.name else Role()
     except Exception:  # a formula that raises, whatever the exception, is no activation
         return Role()

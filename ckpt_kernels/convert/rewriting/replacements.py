@@ -88,12 +88,12 @@ def _tried_activation(tried: TriedFunction, args: tuple, kwargs: dict[str, Any])
     if len(args) != 1 or kwargs:
         return None
     input, kind = as_plain_tensor(args[0])
-    # The user may write in place to an input that eager torch does not save.
-    if not is_operand(input) or (torch.is_grad_enabled() and not tried.result.keeps_input):
+    name = tried.name_of(tried.function, input.dtype is torch.float64) if is_operand(input) else None
+    operand = None if name is None else tried.result.operand(input)
+    if name is None or operand is None:
         return None
-    name = tried.name_of(tried.function, input.dtype is torch.float64)
-    output = None if name is None else ours.bias_act(input, activation=name)
-    return output if output is None or kind is None else output.as_subclass(kind)
+    output = ours.bias_act(operand, activation=name)
+    return output if kind is None else output.as_subclass(kind)
 
 
 def _of_subclasses(replacement: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ... import recompute
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS
 from ..code.call_graph import belongs_to_torch
 from ..code.memoization import memoized, memoized_for_good
 from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, has_custom_gradient
 from ..code.snapshots import CodeSnapshot, NotTriable
-from .trial import POINTWISE, Outline, in_own_thread, result_of, takes_one_argument, watching_saved_tensors
+from .trial import POINTWISE, Outline, counting_saved_tensors, in_own_thread, result_of, takes_one_argument
 
 
 class TrialResult(NamedTuple):
@@ -30,11 +31,20 @@ class TrialResult(NamedTuple):
         name: the activation; None where no activation matches.
         keeps_input: whether torch saves the input for backward.
         is_exact: whether the formula is exact; one with rounded constants differs from the activation in float64.
+        keeps_others: whether torch saves two tensors or more that are neither the input nor the output.
     """
 
     name: str | None = None
     keeps_input: bool = True
     is_exact: bool = True
+    keeps_others: bool = False
+
+    def operand(self, input: Tensor) -> Tensor | None:
+        """The input, or a copy if torch does not save the input, to which the model may write later; None where torch
+        saves no more than the copy."""
+        if self.keeps_input or not (torch.is_grad_enabled() and input.requires_grad):
+            return input
+        return recompute.copied(input) if self.keeps_others else None
 
 
 @memoized_for_good
@@ -107,7 +117,7 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
     With `has_function` the gradient comes from an `autograd.Function` whose code was read, and must be linear in the
     incoming one: the derivative times the incoming gradient, and nothing else.
     """
-    with watching_saved_tensors() as is_saved:
+    with counting_saved_tensors() as saved:
         points = sample_points()
         input = points.clone().requires_grad_()
         values = compute(input)
@@ -117,7 +127,8 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
             return TrialResult()
         if not _is_gradient_linear(values, input) if has_function else contains_function(values):
             return TrialResult()
-        keeps_input = is_saved(input)
+        of_input, of_output = (tensor.untyped_storage()._cdata for tensor in (input, values))
+        keeps_input, others = of_input in saved, saved - {of_input, of_output}
         (slopes,) = torch.autograd.grad(values.sum(), input)
         for name in NAMES:
             other = points.clone().requires_grad_()
@@ -127,7 +138,7 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
             if _are_close(values, expected, 1e-7) and _are_close(slopes, expected_slopes, 1e-6, 1):
                 # Exact formulas differ by 25 roundings in float64 at most.
                 is_exact = _are_close(values, expected, 1e-14) and _are_close(slopes, expected_slopes, 1e-14, 1)
-                return TrialResult(name, keeps_input, is_exact)
+                return TrialResult(name, keeps_input, is_exact, len(others) > 1)
     return TrialResult()
 
 
