@@ -75,6 +75,16 @@ class WithoutWeightNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(input)
 
 
+class WithoutWeight(nn.Module):
+    """The same under another name, written in a helper."""
+
+    def scaled(self, wide: Tensor) -> Tensor:
+        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.scaled(input.float()).type_as(input)
+
+
 @pytest.mark.parametrize(
     ("norm", "found"),
     (
@@ -83,6 +93,7 @@ class WithoutWeightNorm(nn.Module):
         (RoundsFirst(), "rms_norm (cast_before_weight)"),
         (Centered(), "layer_norm"),
         (WithoutWeightNorm(), "rms_norm"),
+        (WithoutWeight(), "rms_norm"),
         (nn.RMSNorm(WIDTH), "rms_norm"),
         (nn.LayerNorm((4, WIDTH)), "layer_norm"),
         (nn.LayerNorm(WIDTH, elementwise_affine=False), "layer_norm"),

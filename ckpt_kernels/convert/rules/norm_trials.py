@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from ... import nn as ours
 from ..attribute_loads import loads_plainly
+from ..code.call_graph import reachable_functions
+from ..code.code_objects import names_in
 from ..code.memoization import memoized_for_good
 from ..code.snapshots import NotTriable
 from ..module_tree import children_of, tensors_of
 from ..operands import has_forward_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
-from .likeness import looks_like_norm
+from .likeness import NORMS, looks_like_norm
 from .norms import Case, Dtypes, Norm, RowNorm
 from .trial import (
     CHANNELS,
@@ -55,6 +57,8 @@ _OURS = tuple(getattr(ours, kind.__name__) for kind in _RULES)
 # The smallest values tried. F.normalize, which bounds the norm at 1e-12 where an eps would be added, agrees with ours
 # above.
 _SMALLEST = 1e-8
+# The functions and methods with a reduction that the code of a norm may name.
+_REDUCTIONS = frozenset("layer_norm mean norm normalize rms_norm std sum var".split())
 _WIDE: Dtypes = (torch.float32, torch.float32)
 _OTHERS: tuple[Dtypes, ...] = (
     (torch.float64, torch.float64),
@@ -85,17 +89,23 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
 
 
 def _may_be_row_norm(module: nn.Module) -> bool:
-    """Whether a trial is worthwhile: for a leaf module outside torch.nn with at most two vectors of one length, whose
-    class is named like a norm if there is no vector."""
+    """Whether a trial is worthwhile: for a leaf module outside torch.nn with at most two vectors of one length, or
+    whose code names a reduction."""
     parameters = [p for p in module._parameters.values() if p is not None]
     if any(nn.parameter.is_lazy(p) or p.numel() < 2 for p in parameters):
         return False
     if children_of(module) or not takes_one_argument(type(module).forward):
         return False
-    if type(module).__module__.startswith("torch.nn.modules.") or not (parameters or looks_like_norm(module)):
+    if type(module).__module__.startswith("torch.nn.modules.") or not (parameters or _reduces(type(module))):
         return False
     are_vectors = len(parameters) <= 2 and all(p.numel() == max(p.shape, default=0) for p in parameters)
     return are_vectors and len({p.numel() for p in parameters}) <= 1
+
+
+def _reduces(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class may reduce a dimension, by the names in its code or as that of a norm of torch."""
+    names = (names_in(function.__code__) for function in reachable_functions(kind))
+    return issubclass(kind, NORMS) or not _REDUCTIONS.isdisjoint(itertools.chain.from_iterable(names))
 
 
 @memoized_for_good
