@@ -75,6 +75,30 @@ class WithoutWeightNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(input)
 
 
+class UnusedBias(Norm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(WIDTH))
+
+
+class ByTorch(Norm):
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.rms_norm(input, [WIDTH], self.weight, 1e-6)
+
+
+class Calls(nn.Module):
+    """Calls the norms of torch that torch.nn.functional wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, input: Tensor) -> Tensor:
+        h = torch.rms_norm(input, (WIDTH,), eps=1e-6) + torch.layer_norm(input, (WIDTH,), self.linear.bias)
+        h = h + torch.layer_norm(input, (WIDTH,), None, None, 1e-5, False)
+        return self.linear(torch.group_norm(h.unsqueeze(-1), 2, cudnn_enabled=False).squeeze(-1))
+
+
 class WithoutWeight(nn.Module):
     """The same under another name, written in a helper."""
 
@@ -94,6 +118,8 @@ class WithoutWeight(nn.Module):
         (Centered(), "layer_norm"),
         (WithoutWeightNorm(), "rms_norm"),
         (WithoutWeight(), "rms_norm"),
+        (UnusedBias(), "rms_norm"),
+        (ByTorch(), "rms_norm"),
         (nn.RMSNorm(WIDTH), "rms_norm"),
         (nn.LayerNorm((4, WIDTH)), "layer_norm"),
         (nn.LayerNorm(WIDTH, elementwise_affine=False), "layer_norm"),
@@ -136,6 +162,23 @@ def test_a_norm_that_rounds_bfloat16_is_fused_in_float32_only() -> None:
     assert replacement_of(report, "") == "rms_norm" and "weights are bfloat16" in reason_of(report, "")
     narrow = random_tensor(3, 4, WIDTH, dtype=torch.bfloat16)
     assert torch.equal(norm.to(torch.bfloat16)(narrow), InBfloat16.forward(norm, narrow))
+
+
+def test_the_reason_speaks_of_weights_only_where_there_are_any() -> None:
+    class NoWeightNorm(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            return input * torch.rsqrt(input.square().mean(-1, keepdim=True) + 1e-6)
+
+    report = ckpt_kernels.convert(nn.Sequential(NoWeightNorm()))
+    assert replacement_of(report, "0") == "rms_norm" and "its input is bfloat16" in reason_of(report, "0")
+
+
+def test_functions_of_torch_are_replaced_as_their_wrappers_are() -> None:
+    model = Calls().to(DEVICE)
+    input = random_tensor(6, WIDTH)
+    eager = results_of(model, input)
+    assert replacement_of(ckpt_kernels.convert(model), "") == "rms_norm; 2 x layer_norm; group_norm"
+    assert close(results_of(model, input), eager, 1e-5)
 
 
 def test_a_norm_of_a_part_of_an_image_is_left_alone() -> None:

@@ -200,10 +200,23 @@ def _silu(input: Any, inplace: Any = False) -> Any:
     return ours.bias_act(input, activation="silu")
 
 
+def _without_flag(replacement: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement for a function of torch that takes a sixth argument, with which the function itself runs."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        has_flag = len(args) > 5 or any(name.startswith("cudnn") for name in kwargs)
+        return (function if has_flag else replacement)(*args, **kwargs)
+
+    return call
+
+
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     theirs.layer_norm: _layer_norm,
     theirs.rms_norm: _rms_norm,
     theirs.group_norm: _group_norm,
+    torch.layer_norm: _without_flag(_layer_norm, torch.layer_norm),
+    torch.rms_norm: _rms_norm,
+    torch.group_norm: _without_flag(_group_norm, torch.group_norm),
     theirs.batch_norm: _batch_norm,
     theirs.glu: _glu,
     theirs.dropout: _dropout,

@@ -145,7 +145,10 @@ def _keeps_strides(outline: Outline) -> bool:
 def _candidates(outline: Outline) -> Iterator[RowNorm]:
     """All rules in float32 that the module's parameters and epsilons allow."""
     names = tuple(outline.parameters)
-    coefficients = list(itertools.permutations(names)) if len(names) == 2 else [(*names, "", "")[:2]]
+    coefficients = [(*names, "", "")[:2]]
+    if len(names) == 2:
+        # The forward may use only one.
+        coefficients = [*itertools.permutations(names), *((name, "") for name in names)]
     # Epsilons come from settings, from numbers in the code, and from torch's defaults.
     code = inspect.unwrap(outline.forward).__code__
     numbers = [c for c in code.co_consts if type(c) is float and 0 < c < 0.1]

@@ -139,7 +139,7 @@ class _AllowedCalls(TorchFunctionMode):
             arguments = (*args[1:], *(kwargs or {}).values())
             if not arguments or not all(isinstance(value, _CAST_TO) for value in arguments):
                 raise NotTriable("reads the type of its input, or casts to more than a dtype")
-        if func is nn.functional.rms_norm:
+        if func is nn.functional.rms_norm or func is torch.rms_norm:
             tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
             if len({tensor.dtype for tensor in tensors}) > 1:
                 raise InputRefused("takes an input and a weight of two dtypes")
