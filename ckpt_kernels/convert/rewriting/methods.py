@@ -36,7 +36,7 @@ from .formulas import VALUE, Formula, formula_of
 from .gate_runs import gate_run_roles
 from .note_reasons import ADAPTER, BIASED, noted_roles
 from .rewrite import rewritten_method
-from .roles import GATE, MethodRoles, Role, may_match_any, role_of
+from .roles import GATE, MethodRoles, Role, may_match_any, role_of, role_of_method
 
 _NORMS = frozenset(norm.__name__ for norm in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm))
 
@@ -163,6 +163,9 @@ def _roles(
         if value is not UNKNOWN:
             method = method_called(value)
             roles[text] = role_of(value, may_touch) if method is None else _object_role(method, may_touch)
+        elif module is not None and isinstance(load, ast.Attribute) and ast.unparse(load.value) == scope.self_name:
+            if (role := role_of_method(module, load.attr)).kind:
+                roles[text] = role
     for name in _local_rotations(function):
         roles[name] = Role("local replacement")
     for text, functions in formulas:

@@ -30,7 +30,6 @@ from ..code.straight_line import OPAQUE, Block, blocks
 from ..code.syntax_trees import at, replaced, with_changed_children
 from ..code.wrapped_functions import check_wrapper
 from ..code.written_names import written_names
-from ..rules.activation_trials import activation_function
 from ..rules.gates import TriedGate, gate_at_site
 from .callable_objects import replacing_call
 from .fused_patterns import PATTERNS
@@ -49,7 +48,7 @@ from .noted_operations import (
 )
 from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, exchanging, replacement_for
-from .roles import MethodRoles, Role, Roles
+from .roles import MethodRoles, Role, Roles, tried_act
 from .run_matching import RunMatch, run_matches
 from .templates import guarded_call
 
@@ -229,8 +228,7 @@ class _Rewriter:
             options["recompute"] = level_of_blocks(self.recompute)
         captured = [operand.name for operand in match.captured]
         formula = attempt.act if attempt.act.kind == "formula" else None
-        tried = activation_function(attempt.act.values[0]) if attempt.act.values and not formula else None
-        function = guarded_call(pattern, captured, options, formula, tried)
+        function = guarded_call(pattern, captured, options, formula, tried_act(attempt.act))
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
         condition = _condition(ast.Call(self._cell(function), [], keywords))
         self.descriptions.append(attempt.description(pattern))
@@ -250,6 +248,8 @@ class _Rewriter:
         callee = call.func
         if role.kind == "object":
             return self._replaced_object(callee, *role.values)
+        if len(role.values) > 1:  # a method, which is rewritten itself
+            return callee
         is_local = role.kind == "local replacement"
         (known,) = role.values or ((self.scope.local_function if is_local else self.scope.value)(callee),)
         if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in NOTED_FUNCTIONS:

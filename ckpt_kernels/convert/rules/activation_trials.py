@@ -5,6 +5,7 @@ activation agree.
 """
 
 import functools
+import inspect
 import math
 import sys
 import types
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from ... import recompute
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS
+from ..attribute_loads import LOADS_PLAINLY, loads_plainly
 from ..code.call_graph import belongs_to_torch
 from ..code.memoization import memoized, memoized_for_good
-from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, has_custom_gradient
-from ..code.snapshots import CodeSnapshot, NotTriable
+from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, has_custom_gradient, is_unchanged
+from ..code.settings import Settings
+from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
+from ..wrappers import original_method
 from .trial import POINTWISE, Outline, counting_saved_tensors, in_own_thread, result_of, takes_one_argument
 
 
@@ -72,6 +76,68 @@ class TriedFunction(NamedTuple):
         return self.result.name if holds and self.code.is_same() else None
 
 
+class TriedMethod(NamedTuple):
+    """The same for a method of a class, `name`, which reads these settings of the module."""
+
+    kind: type[nn.Module]
+    name: str
+    settings: Settings
+    result: TrialResult
+    code: CodeSnapshot
+
+    def name_of(self, called: Any, wide: bool = False) -> str | None:
+        """The activation that a call of the bound method computes now; None as for a function.
+
+        A compiler traces the method itself.
+        """
+        if type(called) is not types.MethodType or torch.compiler.is_compiling() or (wide and not self.result.is_exact):
+            return None
+        module: Any = called.__self__
+        holds = original_method(called.__func__) is getattr(self.kind, self.name, None)
+        return self.result.name if holds and is_unchanged(module, self.settings, self.code) else None
+
+
+def settings_of_method(module: nn.Module, name: str) -> Settings | None:
+    """The settings that a method of one tensor reads; None where the module's attribute is anything else, or the method
+    must not be tried."""
+    kind = type(module)
+    method = inspect.getattr_static(kind, name, None)
+    if type(method) is not types.FunctionType or belongs_to_torch(method) or not takes_one_argument(method):
+        return None
+    if name in module.__dict__ or has_finalizer(kind) or not loads_plainly(kind):
+        return None
+    try:
+        reader = _read(module, method)
+    except NotTriable:
+        return None
+    return tuple(sorted(reader.settings.items())) if loads_plainly(kind, *reader.settings) else None
+
+
+def _read(module: nn.Module, function: types.FunctionType) -> CodeReader:
+    reader = CodeReader(module)
+    reader.read_function(function)
+    if depends_on_shapes(reader) or depends_on_dtype(reader):
+        raise NotTriable("decides by the shape or the dtype of its input")
+    reader.read_modules()
+    return reader
+
+
+@memoized
+def activation_method(kind: type[nn.Module], name: str, settings: Settings) -> TriedMethod | None:
+    """The trial of a method that computes a known activation, with a stand-in; None for any other method."""
+    module = object.__new__(kind)
+    module.__dict__.update(nn.Module().__dict__ | dict(settings))
+    method = getattr(kind, name)
+    try:
+        reader = _read(module, method)
+        result = tried_activation(functools.partial(method, module))
+    except NotTriable:
+        return None
+    plainly = [(kind, attribute, value) for attribute, value in LOADS_PLAINLY]
+    code = CodeSnapshot((nn.Module, (), ()), [*plainly, (kind, name, method), *reader.dependencies])
+    return None if result.name is None else TriedMethod(kind, name, settings, result, code)
+
+
 def is_importable(function: Any) -> TypeGuard[types.FunctionType]:
     """Whether a value is a function outside torch that can be imported under its name, so that it can be pickled."""
     if type(function) is not types.FunctionType or belongs_to_torch(function):
@@ -85,11 +151,7 @@ def activation_function(value: Any) -> TriedFunction | None:
     if not is_importable(value) or not takes_one_argument(value, 0):
         return None
     try:
-        reader = CodeReader(nn.Module())
-        reader.read_function(value)
-        if depends_on_shapes(reader) or depends_on_dtype(reader):
-            return None
-        reader.read_modules()
+        reader = _read(nn.Module(), value)
         result = tried_activation(value)
     except NotTriable:
         return None
