@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ckpt_kernels import Plan, memory
+from ckpt_kernels import DoesNotFit, Plan, memory, plan
+from ckpt_kernels.integrations import common
 from ckpt_kernels.plan.bench import StepCost
 from ckpt_kernels.plan.costs import Checkpoint, StageAt
 from ckpt_kernels.plan.plan import ModelReference, structure_of
@@ -156,6 +157,52 @@ def test_adapters_need_a_new_plan() -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_layers_below_all_trained_parameters_belong_to_the_code_before() -> None:
+    model, tokens = made()
+    for module in (model.embedding, *model.layers[:2]):
+        module.requires_grad_(False)
+    found = plan(model, tokens, budget=0.75)
+    assert found.whole is None and [name for name in found.layers if name] == ["layers.2", "layers.3"]
+    planned = copy.deepcopy(model)
+    found.apply(planned)
+    step(model, tokens)
+    step(planned, tokens)
+    expected = gradients(model)
+    assert expected and gradients(planned).keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients(planned)[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+class Cache:
+    """An object that layers receive."""
+
+
+class WithCache(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = made(layers=1)[0].layers[0]
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        return self.layer(x)
+
+
+class Cached(Model):
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.layers = nn.ModuleList(WithCache() for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, Cache())
+        return self.head(self.norm(x))
+
+
+def test_a_plan_says_why_it_offers_no_checkpoint() -> None:
+    with pytest.raises(DoesNotFit, match="layers receive a Cache, and are not checkpointed"):
+        plan(Cached(), made()[1], budget=0.05)
+
+
 def test_compiled_layers_with_a_plan() -> None:
     model, tokens = made()
     planned = copy.deepcopy(model)
@@ -189,12 +236,22 @@ def _process(rank: int, port: int, wraps: tuple[Callable, ...], folder: str) -> 
         named: dict[str, Any] = {name.removeprefix("module."): p.grad for name, p in wrapped.named_parameters()}
         found = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in named.items()}
         torch.save(found, f"{folder}/{wrap.__name__}{rank}.pt")
+    model, tokens = made()
+    with pytest.raises(TypeError, match="DistributedDataParallel, which waits"):
+        plan(replicated(made()[0]), tokens, budget=0.7)
+    with pytest.raises(ValueError, match=r"model\.module"):
+        Plan.load(f"{folder}/plan.json").apply(replicated(made()[0]))
+    if rank:
+        common.plan = None  # only the first process plans
+    torch.save(str(common.converted(model, 0.7, inputs=tokens)), f"{folder}/report{rank}.pt")
+    with pytest.raises(DoesNotFit):
+        common.converted(made()[0], 0.01, inputs=tokens)
     dist.barrier()
     # Without the interpreter's shutdown, in which the destructors of DDP and gloo may deadlock over the GIL.
     os._exit(0)
 
 
-def test_two_processes_load_the_plan(tmp_path: pathlib.Path) -> None:
+def test_two_processes_apply_the_same_plan(tmp_path: pathlib.Path) -> None:
     model, tokens = made()
     mixed(model).save(tmp_path / "plan.json")
     with socket.socket() as free:
@@ -202,6 +259,8 @@ def test_two_processes_load_the_plan(tmp_path: pathlib.Path) -> None:
         port = free.getsockname()[1]
     wraps = (replicated, sharded)
     mp.spawn(_process, (port, wraps, str(tmp_path)), nprocs=2)
+    reports = [torch.load(tmp_path / f"report{rank}.pt") for rank in range(2)]
+    assert reports[0] == reports[1] and "by module" in reports[0]
     step(model, tokens)
     for wrap in wraps:
         first, second = (torch.load(tmp_path / f"{wrap.__name__}{rank}.pt") for rank in range(2))
