@@ -1,5 +1,7 @@
 """Norms that `convert` recognises by the function that they compute."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .conversion import WIDTH, close, random_tensor, reason_of, replacement_of, results_of
+from .conversion import WIDTH, close, kept, random_tensor, reason_of, replacement_of, results_of
 
 
 class Norm(nn.Module):
@@ -73,6 +75,23 @@ class WithoutWeightNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         wide = input.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(input)
+
+
+class Normalizes(nn.Module):
+    """A norm that rounds the length, the quotient, and both products."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.scale = WIDTH**0.5
+        self.gamma = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH).view(shape))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.normalize(input, dim=-1) * self.scale * self.gamma
+
+
+class NormalizesChannels(Normalizes):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.normalize(input, dim=1) * self.scale * self.gamma
 
 
 class UnusedBias(Norm):
@@ -162,6 +181,25 @@ def test_a_norm_that_rounds_bfloat16_is_fused_in_float32_only() -> None:
     assert replacement_of(report, "") == "rms_norm" and "weights are bfloat16" in reason_of(report, "")
     narrow = random_tensor(3, 4, WIDTH, dtype=torch.bfloat16)
     assert torch.equal(norm.to(torch.bfloat16)(narrow), InBfloat16.forward(norm, narrow))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("norm", "shape"), [(Normalizes(WIDTH), (8, WIDTH)), (NormalizesChannels(WIDTH, 1, 1), (2, WIDTH, 6, 5))]
+)
+def test_a_norm_by_normalize_is_no_less_exact_in_16_bits(
+    norm: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    norm = copy.deepcopy(norm).to(DEVICE, dtype)
+    input = random_tensor(*shape, dtype=dtype)
+    truth = results_of(copy.deepcopy(norm).double(), input.double())
+    eager, eager_kept = results_of(norm, input), kept(norm, input)
+    report = ckpt_kernels.convert(norm)
+    assert report.replaced and not report.left_alone
+    for name, ours in results_of(norm, input).items():
+        error, allowed = ((t.double() - truth[name]).abs().max() for t in (ours, eager[name]))
+        assert error <= 1.5 * allowed + torch.finfo(dtype).eps * truth[name].abs().max()
+    assert kept(norm, input) <= 0.75 * eager_kept
 
 
 def test_the_reason_speaks_of_weights_only_where_there_are_any() -> None:
