@@ -33,7 +33,7 @@ from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
 from .native_sites import native_site
 from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
-from .noted_operations import NOTED_FUNCTIONS, NOTED_OPERATORS, noted_cast, noted_function, noted_operator
+from .noted_operations import NOTED_CASTS, NOTED_FUNCTIONS, NOTED_OPERATORS, noted_cast, noted_function, noted_operator
 from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, replacement_for
 from .result_list import has_computed, next_result
@@ -97,7 +97,8 @@ class _Rewriter:
         self.written = set(written_names(self.tree, self.scope))
         # Above the level "block" outputs are discarded, and recipes need notes of sums and products.
         self.makes_notes = recompute != "block"
-        self.notes_casts = self.makes_notes and adds_casts(function)
+        # Where products run again, so do the casts of products.
+        self.notes_casts = self.makes_notes and (recompute != "output" or adds_casts(function))
         self.has_notes = False
         # Whether a product is noted, perhaps of the output of a norm, which can be recomputed together with the norm.
         self.multiplies = False
@@ -193,9 +194,9 @@ class _Rewriter:
     def _noted(self, tree: Any) -> Any:
         """An operator or a cast with a note of its operands; any other tree unchanged."""
         callee = tree.func if self.notes_casts and isinstance(tree, ast.Call) else None
-        if isinstance(callee, ast.Attribute) and callee.attr == "to":
+        if isinstance(callee, ast.Attribute) and callee.attr in NOTED_CASTS:
             self.has_notes = True
-            return at(tree, ast.Call(self._cell(noted_cast), [callee.value, *tree.args], tree.keywords))
+            return at(tree, ast.Call(self._cell(noted_cast(callee.attr)), [callee.value, *tree.args], tree.keywords))
         compute = NOTED_OPERATORS.get(type(tree.op)) if isinstance(tree, ast.BinOp) and self.makes_notes else None
         if compute is None:
             return tree

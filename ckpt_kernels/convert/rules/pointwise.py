@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional as F
+from ... import recompute
 from ...activations import FUNCTIONS, name_of
 from ..attribute_loads import LOADS_PLAINLY, is_set, loads_plainly, only_instances_define
 from ..code.call_graph import is_unpatched
@@ -44,6 +45,12 @@ _TORCHS = {
 }
 
 
+def activated(input: Tensor, name: str) -> Tensor:
+    """The activation of a tensor. A float32 copy of a 16-bit tensor is kept in 16 bits."""
+    with recompute.keeping_narrow(input):
+        return F.bias_act(input, activation=name)
+
+
 @dataclass(frozen=True)
 class ActivationRule(UnaryRule):
     """The rule for modules that compute an activation, as long as settings and code are those of the trial."""
@@ -62,7 +69,7 @@ class ActivationRule(UnaryRule):
         # For some formulas eager torch does not save the input, and the model may write to the input later.
         if not self.holds(module, input.dtype == torch.float64) or (torch.is_grad_enabled() and not self.keeps_input):
             return None
-        return F.bias_act(input, activation=self.name)
+        return activated(input, self.name)
 
     def activation_guard(self, bindings: tuple[Binding, ...]) -> ActivationGuard:
         same = bindings if self.code is None else (*bindings, *self.code.dependencies)
