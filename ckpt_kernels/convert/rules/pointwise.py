@@ -41,7 +41,19 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 def activated(input: Tensor, name: str) -> Tensor:
     """The activation of a tensor. A float32 copy of a 16-bit tensor is kept in 16 bits."""
     with recompute.keeping_narrow(input):
-        return F.bias_act(input, activation=name)
+        output = F.bias_act(input, activation=name)
+    node: Any = output.grad_fn
+    if not torch.compiler.is_compiling() and type(node).__name__ == "bias_actBackward":
+        node.activation = name
+    return output
+
+
+def activation_behind(output: Any, input: Tensor, version: int) -> str | None:
+    """The name of the activation if `activated` has just computed `output` from `input`, which was at that version."""
+    node = output.grad_fn if type(output) is Tensor and not output._version else None
+    if node is None or input._version != version or node.next_functions[0] != (input.grad_fn, input.output_nr):
+        return None
+    return getattr(node, "activation", None)
 
 
 @dataclass(frozen=True)
