@@ -19,6 +19,7 @@ class Layer(nn.Module):
         super().__init__()
         self.first, self.norm, self.second = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)
         self.register_buffer("mean", torch.zeros(WIDTH))
+        self.parts = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Softplus())
         self.calls, self.factor, self.mode = 0, 0.5, "tanh"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,6 +28,7 @@ class Layer(nn.Module):
         hidden = self.norm(self.first(x)).tanh() if self.mode == "tanh" else self.first(x)
         if not hasattr(self, "table"):
             self.table = torch.arange(WIDTH, dtype=x.dtype).cos()
+        hidden = self.parts(hidden)
         return self.second(hidden * self.factor * self.table + self.mean).sin() * self.calls
 
 
@@ -50,6 +52,11 @@ def replace_child(layer: nn.Module) -> None:
 
 def remove_child(layer: nn.Module) -> None:
     del layer.second
+
+
+def reorder_children(layer: nn.Module) -> None:
+    first = layer.parts._modules.pop("0")
+    layer.parts._modules["0"] = first
 
 
 def replace_buffer(layer: nn.Module) -> None:
@@ -93,6 +100,7 @@ CHANGES = (
     replace_parameter,
     replace_child,
     remove_child,
+    reorder_children,
     replace_buffer,
     change_number,
     change_string,

@@ -6,11 +6,11 @@ from typing import Any
 
 from ..convert.module_tree import modules_of
 from ..levels import CHECKPOINT, NONE
-from .bench import PLAIN_CHECKPOINT, Bench, StepCost
+from .bench import LONE_CHECKPOINT, PLAIN_CHECKPOINT, Bench, StepCost
 from .costs import Stage
 from .marks import NotAChain, Recorder
 from .stages import Stages
-from .timing import seconds_of
+from .timing import offers_one_more, seconds_of
 from .trials import Trials, step_name
 
 
@@ -61,6 +61,8 @@ def measure_choices(bench: Bench, tiles: Sequence[int] | None = None) -> Measure
     timed = list(trials.memory)
     if {NONE, CHECKPOINT} <= trials.memory.keys():
         timed.append(PLAIN_CHECKPOINT)
+        if offers_one_more(kinds, len(timed)):
+            timed.append(LONE_CHECKPOINT)
     seconds = seconds_of(bench, order, kinds, timed)
     stages, layers = Stages(bench, order, trials, seconds).stages()
     shapes = {name: first.shapes[bench.names.index(name)] for name in order}

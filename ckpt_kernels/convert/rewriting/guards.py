@@ -131,10 +131,11 @@ def share_gradient_need(input: Tensor, *linears: tuple[Tensor, Tensor | None]) -
 
 
 def level_for_weights(recompute: str, *linears: tuple[Tensor, Tensor | None]) -> str:
-    """The level, with "output" for "all" if a weight is frozen: eager torch then does not save the layer's input."""
-    if recompute != "all":
+    """The level, with "output" for "all" if a weight is frozen and the linear layers' input is larger than the products
+    that run again: eager torch does not save the input of a frozen layer."""
+    if recompute != "all" or all(weight.requires_grad for weight, _ in linears):
         return recompute
-    return "all" if all(weight.requires_grad for weight, _ in linears) else "output"
+    return "all" if linears[0][0].shape[1] <= sum(weight.shape[0] for weight, _ in linears) else "output"
 
 
 def are_chained(input: Tensor, firsts: tuple, lasts: tuple, parts: int = 1) -> bool:
