@@ -13,6 +13,8 @@ from .stages import Stages
 from .timing import offers_one_more, seconds_of
 from .trials import Trials, step_name
 
+_NOT_PLAIN = "layers receive a {}, and are not checkpointed with it (use_cache=False in transformers passes no cache)"
+
 
 @dataclass(frozen=True)
 class Measurements:
@@ -67,7 +69,8 @@ def measure_choices(bench: Bench, tiles: Sequence[int] | None = None) -> Measure
     stages, layers = Stages(bench, order, trials, seconds).stages()
     shapes = {name: first.shapes[bench.names.index(name)] for name in order}
     steps = {step_name(choice): StepCost(peak, seconds.of_step(choice)) for choice, peak in trials.peaks.items()}
-    return Measurements(stages, layers, steps, shapes, trials.notes)
+    notes = [*trials.notes, *map(_NOT_PLAIN.format, sorted(kind.__name__ for kind in first.not_plain))]
+    return Measurements(stages, layers, steps, shapes, notes)
 
 
 def _kinds(bench: Bench, recorder: Recorder, order: list[str]) -> list[int]:

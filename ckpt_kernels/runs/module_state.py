@@ -1,10 +1,12 @@
-"""The state of a layer's modules that a repeated call must find as the first call did: classes, attributes, parameters
-and whether they require gradients, buffers, children and hooks.
+"""The state of a layer's modules that a repeated call must find as the first call did: classes, parameters and whether
+they require gradients, buffers, children, hooks, and attributes that are numbers, strings or tensors without a graph.
 
-A state holds the attributes themselves and no copies. So a tensor that the forward pass replaces, such as the hidden
-state of a recurrent layer, is kept until the state goes, with the backward pass.
+A state holds the values and no copies, so a tensor that the forward pass replaces, such as the hidden state of a
+recurrent layer, is kept until the backward pass. Tensors with a graph are not held: in a graph that no backward pass
+frees, each call would hold the graph of the call before. Lists and other objects may hold such tensors.
 """
 
+import collections
 import contextlib
 import operator
 from collections.abc import Iterator, Sequence
@@ -45,10 +47,13 @@ class ModuleStates:
         self._dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for module in modules:
             own = vars(module)
-            self._dicts.append((own, own.copy()))
+            self._dicts.append((own, _held(own)))
             for name in _CONTAINERS:
-                if (container := own.get(name)) is not None:
-                    self._dicts.append((container, container.copy() if container else _EMPTY))
+                # Scripted modules, for one, have objects of another type here, which are not restored.
+                container: Any = own.get(name)
+                if type(container) in _DICTS:
+                    copy = _EMPTY if not container else _held(container) if name == "_buffers" else container.copy()
+                    self._dicts.append((container, copy))
 
     def are_current(self) -> bool:
         """Whether the modules still have this state."""
@@ -61,11 +66,13 @@ class ModuleStates:
     def restore(self) -> None:
         """Give the modules this state."""
         for now, before in self._dicts:
-            if not _have_same_items(now, before):
-                # Another thread may read the dict, which therefore is emptied only to restore the names' order.
-                if list(now) != list(before):
-                    now.clear()
-                now.update(before)
+            if _has_items_of(now, before):
+                continue
+            values = {name: now.get(name) if value is _ANY else value for name, value in before.items()}
+            # Another thread may read the dict, which therefore is emptied only to restore the names' order.
+            if list(now) != list(values):
+                now.clear()
+            now.update(values)
         for module, kind in zip(self._modules, self._kinds, strict=True):
             if type(module) is not kind:
                 object.__setattr__(module, "__class__", kind)
@@ -86,17 +93,31 @@ class ModuleStates:
                 now.restore()
 
 
+_DICTS = (dict, collections.OrderedDict)
 _EMPTY: dict[str, Any] = {}
+# Stands for a value that is not held.
+_ANY = object()
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+_OF_TORCH = frozenset(vars(nn.Module()))
+
+
+def _held(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a dict of attributes, without the values that a state does not hold."""
+    copy = values.copy()
+    for name, value in values.items():
+        if type(value) not in _PLAIN and name not in _OF_TORCH and (not isinstance(value, Tensor) or value.grad_fn):
+            copy[name] = _ANY
+    return copy
 
 
 def _are_same_dicts(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
     if direct.thin_module is not None:
-        return direct.thin_module.are_same_dicts(pairs)
-    return all(_have_same_items(now, before) for now, before in pairs)
+        return direct.thin_module.are_same_dicts(pairs, _ANY)
+    return all(_has_items_of(now, before) for now, before in pairs)
 
 
-def _have_same_items(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether two dicts hold the same objects under the same names, in the same order."""
+def _has_items_of(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether a dict has the names of a copy, in the same order, and the values that the copy holds."""
     if len(now) != len(before):
         return False
-    return all(a is c and b is d for (a, b), (c, d) in zip(now.items(), before.items(), strict=True))
+    return all(a == c and (b is d or d is _ANY) for (a, b), (c, d) in zip(now.items(), before.items(), strict=True))
