@@ -56,16 +56,22 @@ def _detached(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def keeping_narrow(input: Tensor) -> AbstractContextManager[Any]:
-    """A context in which a block that saves its input keeps a float32 copy of a 16-bit tensor in 16 bits.
+def is_widened(input: Tensor) -> bool:
+    """Whether a tensor may be a float32 copy of a 16-bit tensor that a block keeps for the gradient."""
+    if input.dtype is not torch.float32 or torch.compiler.is_compiling() or input.grad_fn is None:
+        return False
+    return input.grad_fn.name() == "ToCopyBackward0" and torch.is_grad_enabled()
 
-    The context changes nothing for other inputs, and within a context that discards outputs, which does the same.
+
+def keeping_narrow() -> AbstractContextManager[Any]:
+    """A context in which blocks keep such copies in 16 bits.
+
+    Within a context that discards outputs, which does the same, it changes nothing.
     """
-    if torch.compiler.is_compiling() or input.dtype is not torch.float32 or input.grad_fn is None:
-        return contextlib.nullcontext()
-    is_cast = input.grad_fn.name() == "ToCopyBackward0" and torch.is_grad_enabled()
     hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
-    if not is_cast or not hooks._saved_tensors_hooks_is_enabled() or discarding() is not None:
+    # A trace would record the operations of the hooks.
+    is_traced = torch._C._get_tracing_state() is not None
+    if is_traced or not hooks._saved_tensors_hooks_is_enabled() or discarding() is not None:
         return contextlib.nullcontext()
     pack_outer, unpack_outer = top_hooks() or (_detached, _unpacked)
 

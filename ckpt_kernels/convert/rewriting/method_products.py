@@ -16,11 +16,11 @@ from ... import functional as ours
 from ..code.code_objects import names_in
 from ..code.syntax_trees import is_name
 from ..operands import is_operand
-from ..rules.pointwise import activation_behind
+from ..rules.pointwise import activated_by
 from .guards import have_same_shape_dtype_device
 from .roles import ACTIVATING, Role
 
-# The names of the functions whose replacements `activation_behind` knows.
+# The names of the functions whose replacements `activated_by` recognises.
 _NAMES = frozenset(("gelu", "silu"))
 
 
@@ -52,9 +52,7 @@ def product_with_method(compute: Callable[[Any, Any], Any]) -> Callable[..., Any
     """A function of the factors: by the fused gate where it computes the same, else by `compute`, the operator."""
 
     def call(value: Any, method: Callable[[Any], Any], gate: Any) -> Any:
-        version = gate._version if _may_be_fused(value, gate) else None
-        activated = method(gate)
-        name = None if version is None else activation_behind(activated, gate, version)
+        activated, name = activated_by(method, gate) if _may_be_fused(value, gate) else (method(gate), None)
         return compute(value, activated) if name is None else ours.glu(gate, value, activation=name)
 
     return call
