@@ -208,7 +208,7 @@ def test_a_rotation_of_queries_alone(made: type[nn.Module], monkeypatch: pytest.
 
 
 def test_results_have_the_functions_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The function runs itself where its result has another dtype, as with float32 tables and bfloat16 heads."""
+    """With float32 tables, results of bfloat16 heads are float32."""
     monkeypatch.setitem(globals(), "turn", halves)
     model, twin = twins(lambda: Attention().bfloat16())
     ckpt_kernels.convert(twin)

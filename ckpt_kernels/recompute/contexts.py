@@ -162,7 +162,7 @@ def use_library(thin: Any) -> None:
     stops = ATTENTIONS | KEEPING_RESULT | {nodes.LEAF}
     graph_task, storage = torch._C._current_graph_task_id, torch.UntypedStorage
     thin.set_up_classes(Announced, Block, Cell, Claim, Discarder, Entries, Entry, Kept, Recipe)
-    thin.set_up_cells(torch.strided, LONGEST_CHAIN, PASSING, stops, BackwardCFunction)
+    thin.set_up_cells(torch.strided, torch.float32, LONGEST_CHAIN, PASSING, stops, BackwardCFunction)
     top = hooks._top_saved_tensors_default_hooks
     thin.set_up_records(thread, top, backends.chosen, type(threading.RLock()), empty_of)
     thin.set_up_storages(storage._expired, storage._free_weak_ref)

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from ..code.code_objects import names_in
 from ..code.memoization import memoized
 from ..code.source import definition_of
+from .noted_operations import NOTED_CASTS
 from .roles import MODULE, Role, Roles
 
 # A clamped tensor may be a gate, whose operands are saved one by one.
 _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 _REDUCTIONS = frozenset(("mean", "norm", "std", "sum", "var"))
+
+_CASTS = frozenset(NOTED_CASTS)
 
 # Kinds of callees whose inputs or outputs the level "layer" recomputes.
 IN_LAYERS = frozenset(("linear", "norm", MODULE))
@@ -85,6 +88,8 @@ def reasons_to_note(function: types.FunctionType, roles: Roles, recompute: str, 
         yield "recipes of scaled squares"
     if multiplies and "norm" in kinds:
         yield "recipes of scaled norms"
+    if recompute == "all" and "act" in kinds and _CASTS & names_in(function.__code__):
+        yield "recipes of activations of casts"
     # Where linear layers run again, sums that a norm reads and concatenated heads can be recomputed too.
     if recompute == "layer" and not IN_LAYERS.isdisjoint(kinds):
         yield "recipes of sums, products and concatenations"

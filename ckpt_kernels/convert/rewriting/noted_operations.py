@@ -23,6 +23,8 @@ NOTED_OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 # The methods of tensors for these operators.
 NOTED_METHODS = ("add", "sub", "mul")
 _OF_TWO = tuple(getattr(torch, name) for name in NOTED_METHODS)
+# Methods that cast.
+NOTED_CASTS = ("to", "float", "type_as")
 # Functions of one tensor that save only their output, functions of a sequence of tensors that save nothing, and the
 # operators.
 NOTED_FUNCTIONS = (torch.sigmoid, torch.tanh, torch.cat, torch.concat, torch.concatenate, *_OF_TWO)
@@ -39,12 +41,16 @@ def noted_operator(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
     return call
 
 
-def noted_cast(value: Any, *args: Any, **kwargs: Any) -> Any:
-    """`value.to(...)`, with a note of a tensor that is cast."""
-    output = value.to(*args, **kwargs)
-    if output is not value:
-        note(output, value)
-    return output
+def noted_cast(name: str) -> Callable[..., Any]:
+    """A call of the method `name`, such as `value.to(...)`, with a note of a tensor that is cast."""
+
+    def call(value: Any, *args: Any, **kwargs: Any) -> Any:
+        output = getattr(value, name)(*args, **kwargs)
+        if output is not value:
+            note(output, value)
+        return output
+
+    return call
 
 
 def noted_function(function: Callable[..., Any]) -> Callable[..., Any]:

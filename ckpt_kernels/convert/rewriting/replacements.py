@@ -22,7 +22,7 @@ from ..rules.activation_trials import TriedFunction, activation_function
 from ..rules.channel_norms import are_running_statistics
 from ..rules.gates import gate_of_function
 from ..rules.norms import is_dense_map
-from ..rules.pointwise import KEPT_BY_OUTPUT, ActivationRule, pointwise_of
+from ..rules.pointwise import KEPT_BY_OUTPUT, ActivationRule, activated, pointwise_of
 
 # Torch's functions as they were when this package was imported: a user may patch them later.
 theirs = types.SimpleNamespace(**vars(torch.nn.functional))
@@ -190,14 +190,14 @@ def _gelu(input: Any, *, approximate: Any = "none") -> Any:
     name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate) if type(approximate) is str else None
     if name is None or not is_operand(input):
         return theirs.gelu(input, approximate=approximate)
-    return ours.bias_act(input, activation=name)
+    return activated(input, name)
 
 
 @functools.wraps(theirs.silu)
 def _silu(input: Any, inplace: Any = False) -> Any:
     if inplace is not False or not is_operand(input):
         return theirs.silu(input, inplace)
-    return ours.bias_act(input, activation="silu")
+    return activated(input, "silu")
 
 
 def _without_flag(replacement: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ torch.nn's own are recognised by their class, any other module without parameter
 """
 
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional as F
+from ... import recompute
 from ...activations import FUNCTIONS, name_of
 from ..attribute_loads import LOADS_PLAINLY, is_set, loads_plainly, only_instances_define
 from ..code.code_objects import has_type
@@ -37,6 +39,39 @@ KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
+# Not empty while a method runs that may compute an activation: see `activated_by`.
+_sought: list[Tensor] = []
+
+
+def activated(input: Tensor, name: str) -> Tensor:
+    """The activation of a tensor. A float32 copy of a 16-bit tensor is kept in 16 bits."""
+    if recompute.is_widened(input):
+        with recompute.keeping_narrow():
+            return F.bias_act(input, activation=name)
+    output = F.bias_act(input, activation=name)
+    if _sought and type(output.grad_fn).__name__ == "bias_actBackward":
+        node: Any = output.grad_fn
+        node.activation = name
+    return output
+
+
+def activated_by(method: Callable[[Tensor], Any], input: Tensor) -> tuple[Any, str | None]:
+    """The result of the method; and the name of the activation, if the result is that of `activated` for the input.
+
+    Only for inputs with gradients, and not while torch.compile traces.
+    """
+    version = input._version
+    _sought.append(input)
+    try:
+        output = method(input)
+    finally:
+        _sought.pop()
+    node = output.grad_fn if type(output) is Tensor and not output._version else None
+    if node is None or input._version != version or node.next_functions[0] != (input.grad_fn, input.output_nr):
+        return output, None
+    return output, getattr(node, "activation", None)
+
+
 @dataclass(frozen=True)
 class ActivationRule(UnaryRule):
     """The rule for modules that compute an activation, as long as settings and code are those of the trial."""
@@ -55,7 +90,7 @@ class ActivationRule(UnaryRule):
 
     def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
         operand = self.trial.operand(input) if self.holds(module, input.dtype == torch.float64) else None
-        return None if operand is None else F.bias_act(operand, activation=self.name)
+        return None if operand is None else activated(operand, self.name)
 
     def activation_guard(self, bindings: tuple[Binding, ...]) -> ActivationGuard:
         same = bindings if self.code is None else (*bindings, *self.code.dependencies)
