@@ -28,8 +28,6 @@ DEFINES = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA"]
 MATH = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 # Packagers set this variable to request reproducible builds.
 REPRODUCIBLE = "SOURCE_DATE_EPOCH" in os.environ
-# Error messages contain the path of their source file. The map makes the library independent of the build's folder.
-PATH_MAP = f"-ffile-prefix-map={pathlib.Path(__file__).resolve().parent}=."
 # The table of local symbols contains names of nvcc's temporary files. Windows libraries have no such table.
 STRIP = {"darwin": ["-Wl,-x"], "win32": []}.get(sys.platform, ["-Wl,-s"])
 # For tests: a CPU library that stops at the first invalid access or undefined operation. With -O3 the vector code would
@@ -77,12 +75,22 @@ def is_gcc() -> bool:
     return "Free Software Foundation" in printed
 
 
-def cxx_flags() -> list[str]:
+def path_maps(torch_build) -> list[str]:
+    """Flags that make libraries independent of the folders of the build and of torch.
+
+    Error messages contain the path of their source file, also those in torch's headers. Of two maps that fit a path,
+    the last applies: torch may lie in the folder of the build.
+    """
+    folders = {pathlib.Path(__file__).resolve().parent: ".", pathlib.Path(torch_build.__file__).parents[1]: "torch"}
+    return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
+
+
+def cxx_flags(torch_build) -> list[str]:
     """The compiler's flags for C++ sources."""
     flags = [
         *(SANITIZE or ["-O3", "-g0"]),
         "-fvisibility=hidden",
-        PATH_MAP,
+        *path_maps(torch_build),
         "-Wall",
         "-Wno-psabi",
         "-Wno-unknown-pragmas",
@@ -158,7 +166,7 @@ def extensions(build: str) -> list:
 
     if WINDOWS:
         os.environ.setdefault("CXX", "clang-cl")  # read by torch's build support
-    flags = {"cxx": cxx_flags()}
+    flags = {"cxx": cxx_flags(torch_build)}
     found = [
         extension("_C", "cpu", "cpp", flags, export_symbols=["ckpt_kernels_find_call"], **compiler_runtime()),
         extension("_thin", "thin", "cpp", flags, export_symbols=["PyInit__thin"]),
@@ -171,7 +179,7 @@ def extensions(build: str) -> list:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         libraries = next((home / name for name in ("lib64", "lib") if (home / name).exists()), home / "lib64")
         nvcc = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fvisibility=hidden", *DEFINES]
-        nvcc += [f"-Xcompiler={PATH_MAP}"]
+        nvcc += [f"-Xcompiler={path_map}" for path_map in path_maps(torch_build)]
         if REPRODUCIBLE:
             # nvcc draws names for symbols that are internal to a file. From nvcc 12.3 on, a seed fixes these names.
             nvcc += ["-frandom-seed=ckpt_kernels"]

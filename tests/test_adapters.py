@@ -64,6 +64,15 @@ def by_hand(layers: int, p: float) -> nn.Module:
     return model
 
 
+def by_hand_in_attention(layers: int, p: float) -> nn.Module:
+    """Adapters of queries and values alone; the MLP is frozen."""
+    model = llama(layers).requires_grad_(False)
+    for layer in model.layers:
+        for name in ("q_proj", "v_proj"):
+            setattr(layer.self_attn, name, Adapter(getattr(layer.self_attn, name), p).to(DEVICE))
+    return model
+
+
 def by_peft(layers: int, p: float) -> nn.Module:
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(
@@ -108,6 +117,33 @@ def test_layers_keep_their_floor(adapted: Callable[[int, float], nn.Module]) -> 
     assert found["layer"] <= 0.35 * eager
 
 
+def test_a_frozen_mlp_keeps_its_products_only_at_output() -> None:
+    # Inputs of both norms, rotated queries and keys, values, attention's output; of the MLP gate and value.
+    floors = {"output": 6 + 2 * INNER / WIDTH, "all": 6, "layer": 2}
+    for level, floor in floors.items():
+        assert floor <= kept_by_layer(by_hand_in_attention, 0.0, level) <= floor + SMALL, level
+
+
+@pytest.mark.parametrize(("inner", "level"), [(WIDTH, "all"), (WIDTH // 2 - 1, "output")])
+def test_frozen_products_run_again_where_they_are_larger_than_their_input(inner: int, level: str) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(WIDTH, inner), nn.Linear(WIDTH, inner), nn.Linear(inner, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+    def saved(recompute: str) -> int:
+        model = Gated().to(DEVICE).requires_grad_(False)
+        ckpt_kernels.convert(model, recompute=recompute)
+        # The input is not kept for anything else.
+        return saved_bytes(lambda: model(torch.randn(TOKENS, WIDTH, device=DEVICE, requires_grad=True) + 1))
+
+    assert saved("all") <= saved("output")
+    assert (saved("all") < saved("output")) is (level == "all")
+
+
 @either
 def test_layers_keep_their_floor_with_dropout(adapted: Callable[[int, float], nn.Module]) -> None:
     eager, inner = kept_by_layer(adapted, 0.1, None), INNER / WIDTH
@@ -118,7 +154,7 @@ def test_layers_keep_their_floor_with_dropout(adapted: Callable[[int, float], nn
 
 
 @pytest.mark.parametrize("level", ["output", "all", "layer"])
-@either
+@pytest.mark.parametrize("adapted", [by_hand, by_hand_in_attention, by_peft])
 def test_gradients_equal_eager(adapted: Callable[[int, float], nn.Module], level: str) -> None:
     model = adapted(2, 0.0)
     twin = copy.deepcopy(model)

@@ -223,3 +223,32 @@ def test_a_pickle_loads_after_its_class_was_freed() -> None:
     x = torch.randn(3, 16)
     torch.testing.assert_close(read(x), model(x))
     assert isinstance(read[0], nn.GELU) and ckpt_kernels.is_converted(read[0])
+
+
+class Answering(type):
+    """A metaclass that answers None for class attributes that are not set."""
+
+    def __getattr__(cls, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class Answered(nn.Module, metaclass=Answering):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.relu(self.norm(x)))
+
+
+def test_a_metaclass_that_answers_for_missing_attributes() -> None:
+    model = nn.Sequential(Answered(), nn.Linear(8, 8))
+    x = torch.randn(4, 8)
+    expected = model(x)
+    assert not ckpt_kernels.is_converted(model[0])
+    ckpt_kernels.convert(model)
+    assert ckpt_kernels.is_converted(model[0])
+    torch.testing.assert_close(model(x), expected)
+    ckpt_kernels.revert(model)
+    assert type(model[0]) is Answered

@@ -254,6 +254,28 @@ def test_modules_of_a_sequential_are_layers() -> None:
     assert kept < 4.2 < before
 
 
+class WithParent(nn.Module):
+    """A child that has its parent as a child."""
+
+    def __init__(self, parent: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.parent = parent
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x))
+
+
+def test_modules_that_contain_each_other() -> None:
+    model = nn.Sequential()
+    for name in "ab":
+        model.add_module(name, WithParent(model))
+    x = torch.randn(4, WIDTH)  # `model.to` would not return
+    expected = model(x)
+    assert ckpt_kernels.convert(model, recompute="layer").replaced
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_convolutions_in_a_layer_without_convert() -> None:
     """Blocks read the outputs of convolutions."""
     norm, first, last = (

@@ -1,6 +1,7 @@
 """Replacements after or before `convert`: other code, weights and names, and functions in place of torch's."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,34 @@ def test_a_layer_with_replaced_code(layer: str, how: str, monkeypatch: pytest.Mo
                 ckpt_kernels.convert(converted)
             assert close(results_of(converted, rows()), results_of(model, rows()))
         monkeypatch.undo()
+
+
+def decorated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(function)
+    def wrapper(self: nn.Module, *args: Any) -> Tensor:
+        return function(self, *args)
+
+    return wrapper
+
+
+class Decorated(MLP):
+    @decorated
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.down(self.act(self.up(x))) * scale
+
+
+def twice_decorated(self: nn.Module, x: Tensor, scale: float = 1.0) -> Tensor:
+    return self.down(self.act(self.up(x))) * 2 * scale
+
+
+@pytest.mark.parametrize("attribute, value", [("__code__", twice_decorated.__code__), ("__defaults__", (3.0,))])
+def test_the_function_behind_a_decorator_is_changed(
+    attribute: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, converted = twins(Decorated)
+    assert found_in(ckpt_kernels.convert(converted))[""] == "MLP"
+    monkeypatch.setattr(vars(Decorated.forward)["__wrapped__"], attribute, value)
+    assert close(results_of(converted, rows()), results_of(model, rows()))
 
 
 def test_torchs_forward_replaced_by_another_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,8 +341,41 @@ _PATCHED = [(F, name) for name in ("linear", "gelu", "silu", "layer_norm", "rms_
 _PATCHED += [(torch, "layer_norm"), (torch, "rms_norm"), (torch, "chunk"), (Tensor, "chunk"), (Tensor, "__mul__")]
 
 
-@pytest.mark.parametrize("kind", [MLP, Packed, Method, Written, leaves])
-@pytest.mark.parametrize("holder, name", _PATCHED)
+class WrittenByMethods(nn.Module):
+    """Calls methods of tensors, some of which Tensor inherits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = RootOfSquare(), RootOfPower(), Clamped()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x)).repeat(1, 2))
+
+
+class RootOfSquare(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return -x * -torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+class RootOfPower(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt((x**2).mean(-1, keepdim=True) + 1e-6)
+
+
+class Clamped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate.clamp(max=7.0)) * value.clamp(-7.0, 7.0)
+
+
+_INHERITED = [(Tensor, name) for name in ("square", "__neg__", "__pow__", "clamp", "mean", "erf")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "holder", "name"),
+    [(kind, *patched) for kind in (MLP, Packed, Method, Written, leaves) for patched in _PATCHED]
+    + [(WrittenByMethods, *patched) for patched in _INHERITED],
+)
 def test_patched_functions_of_torch_run(
     kind: Callable[[], nn.Module], holder: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

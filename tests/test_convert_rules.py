@@ -160,6 +160,38 @@ def test_hooks_on_the_parts_of_an_mlp_are_called() -> None:
         handle.remove()
 
 
+class Exchanging(nn.Module):
+    """Puts another module into the sequence that runs, behind itself."""
+
+    def __init__(self, sequence: nn.Sequential, name: str) -> None:
+        super().__init__()
+        self.others = (sequence, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sequence, name = self.others
+        sequence.register_module(name, nn.Tanh())
+        return 2 * x
+
+
+@pytest.mark.parametrize("name", ("1", "2", "3", "4", "new"))
+def test_a_child_that_exchanges_a_later_one(name: str) -> None:
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        sequence = nn.Sequential(nn.Identity(), nn.LayerNorm(WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.Identity())
+        sequence[0] = Exchanging(sequence, name)
+        return sequence.to(DEVICE)
+
+    eager, converted = made(), made()
+    ckpt_kernels.convert(converted)
+    x = torch.linspace(-1, 1, 4 * WIDTH, device=DEVICE).view(4, WIDTH)
+    if name == "new":
+        for model in (eager, converted):
+            with pytest.raises(RuntimeError, match=r"mutated|changed size"):
+                model(x)
+    else:
+        torch.testing.assert_close(converted(x), eager(x))
+
+
 class WritesOver(nn.Module):
     """In-place writes to a tensor that is read again, or that is an argument."""
 

@@ -52,6 +52,8 @@ def test_bad_arguments_are_named() -> None:
         ckpt_kernels.convert(3)
     with pytest.raises(ValueError, match=r"recompute is 'some'; expected one of block, output, all"):
         ckpt_kernels.convert(mlps(), recompute="some")
+    with pytest.raises(ValueError, match=r"recompute is 'checkpoint', a level of single modules; .* mapping of names"):
+        ckpt_kernels.convert(mlps(), recompute="checkpoint")
     with pytest.raises(ValueError, match=r"exclude names 'layers.0'; expected a name"):
         ckpt_kernels.convert(mlps(), exclude=["layers.0"])
     with pytest.raises(TypeError, match=r"include has 3; expected names or classes"):

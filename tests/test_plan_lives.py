@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ckpt_kernels import Plan, memory
+from ckpt_kernels import DoesNotFit, Plan, memory, plan
+from ckpt_kernels.integrations import common
 from ckpt_kernels.plan.bench import StepCost
 from ckpt_kernels.plan.costs import Checkpoint, StageAt
 from ckpt_kernels.plan.plan import ModelReference, structure_of
@@ -189,12 +190,22 @@ def _process(rank: int, port: int, wraps: tuple[Callable, ...], folder: str) -> 
         named: dict[str, Any] = {name.removeprefix("module."): p.grad for name, p in wrapped.named_parameters()}
         found = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in named.items()}
         torch.save(found, f"{folder}/{wrap.__name__}{rank}.pt")
+    model, tokens = made()
+    with pytest.raises(TypeError, match="DistributedDataParallel, which waits"):
+        plan(replicated(made()[0]), tokens, budget=0.7)
+    with pytest.raises(ValueError, match=r"model\.module"):
+        Plan.load(f"{folder}/plan.json").apply(replicated(made()[0]))
+    if rank:
+        common.plan = None  # only the first process plans
+    torch.save(str(common.converted(model, 0.7, inputs=tokens)), f"{folder}/report{rank}.pt")
+    with pytest.raises(DoesNotFit):
+        common.converted(made()[0], 0.01, inputs=tokens)
     dist.barrier()
     # Without the interpreter's shutdown, in which the destructors of DDP and gloo may deadlock over the GIL.
     os._exit(0)
 
 
-def test_two_processes_load_the_plan(tmp_path: pathlib.Path) -> None:
+def test_two_processes_apply_the_same_plan(tmp_path: pathlib.Path) -> None:
     model, tokens = made()
     mixed(model).save(tmp_path / "plan.json")
     with socket.socket() as free:
@@ -202,6 +213,8 @@ def test_two_processes_load_the_plan(tmp_path: pathlib.Path) -> None:
         port = free.getsockname()[1]
     wraps = (replicated, sharded)
     mp.spawn(_process, (port, wraps, str(tmp_path)), nprocs=2)
+    reports = [torch.load(tmp_path / f"report{rank}.pt") for rank in range(2)]
+    assert reports[0] == reports[1] and "by module" in reports[0]
     step(model, tokens)
     for wrap in wraps:
         first, second = (torch.load(tmp_path / f"{wrap.__name__}{rank}.pt") for rank in range(2))

@@ -98,3 +98,28 @@ def test_an_interrupt_at_any_step_of_a_context_leaves_nothing_behind() -> None:
         assert not recompute.is_active(), f"interrupted at step {step}"
         assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None, f"interrupted at step {step}"
     assert step > 20
+
+
+def test_hooks_that_are_closed_within_a_later_context() -> None:
+    """Hooks opened in one layer and closed in another leave the stack of hooks as without contexts."""
+    x = torch.ones(2, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with recompute.discard_outputs():
+        with recompute.discard_outputs():
+            hooks.__enter__()
+        with recompute.discard_outputs():
+            x.exp()
+            hooks.__exit__()
+    assert not recompute.is_active()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def test_hooks_that_are_left_open_stay_the_innermost() -> None:
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with recompute.discard_outputs():
+        hooks.__enter__()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) == (hooks.pack_hook, hooks.unpack_hook)
+    hooks.__exit__()
+    with recompute.discard_outputs():
+        pass
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None

@@ -10,6 +10,8 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch
+from torch.utils import cpp_extension
 
 from ckpt_kernels.libraries import library
 
@@ -75,7 +77,7 @@ def setup(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_windows_uses_clang_and_its_flags(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = setup.cxx_flags()
+    here = setup.cxx_flags(cpp_extension)
     assert here[0] == "-std=c++17" and setup.compiler_runtime() == {}
     called = []
     monkeypatch.delenv("CXX", raising=False)
@@ -83,7 +85,7 @@ def test_windows_uses_clang_and_its_flags(setup: ModuleType, monkeypatch: pytest
     monkeypatch.setattr(setup, "is_gcc", lambda: False)
     monkeypatch.setattr(setup.shutil, "which", lambda name: called.append(name) or f"C:/{name}.exe")
     assert setup.compiler() == "C:/clang-cl.exe" and set(called) == {"clang-cl"}
-    there = setup.cxx_flags()
+    there = setup.cxx_flags(cpp_extension)
     # All other flags are passed to clang unchanged.
     assert there[0] == "/std:c++17" and {"/clang:" + flag for flag in setup.MATH} <= set(there[1:])
     assert all(flag.startswith("/clang:-") for flag in there[1:])
@@ -92,6 +94,14 @@ def test_windows_uses_clang_and_its_flags(setup: ModuleType, monkeypatch: pytest
     runtime = setup.compiler_runtime()
     assert runtime["libraries"] == ["clang_rt.builtins-x86_64"]
     assert pathlib.Path(runtime["library_dirs"][0]) == pathlib.Path("C:/LLVM/lib/clang/22/lib/windows")
+
+
+def test_paths_of_the_build_and_of_torch_are_mapped(setup: ModuleType) -> None:
+    torch_folder = pathlib.Path(torch.__file__).parent
+    assert setup.path_maps(cpp_extension) == [
+        f"-ffile-prefix-map={ROOT.resolve()}=.",
+        f"-ffile-prefix-map={torch_folder}=torch",
+    ]
 
 
 def test_wheels_are_built_with_the_tested_torch() -> None:

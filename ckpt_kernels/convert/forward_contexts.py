@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.tiles import in_tiles
-from ..recompute import discard_outputs, run_as_layer, selective_contexts
-from ..recompute import discarding as active_discarder
+from ..recompute import discard_outputs, discarding, run_as_layer, selective_contexts
 from ..saved_tensor_hooks import as_is
 from .attribute_loads import is_set
 from .late_modules import convert_late_modules
@@ -26,31 +25,20 @@ ForwardContext = Callable[[Forward, nn.Module, tuple, dict[str, Any]], Any]
 _CHECKPOINTED_TYPES = (Tensor, type(None), bool, int, float, str, tuple)
 
 
-def discarding(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Runs the forward within `discard_outputs`."""
-    if not torch.is_grad_enabled():
-        return forward(module, *args, **kwargs)
-    convert_late_modules_if_outermost(module)
-    with discard_outputs(module):
-        return forward(module, *args, **kwargs)
+@dataclass(frozen=True)
+class Discarding:
+    """Runs a forward within `discard_outputs` at the level "output", "all" or "layer"."""
 
+    level: str
 
-def discarding_products(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Runs the forward within `discard_outputs`, and discards the products that blocks read as well."""
-    if not torch.is_grad_enabled():
-        return forward(module, *args, **kwargs)
-    convert_late_modules_if_outermost(module)
-    with discard_outputs(module, products=True):
-        return forward(module, *args, **kwargs)
-
-
-def as_layer(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Runs the forward at the level "layer": the backward pass runs all matrix products of the layer but the last
-    again."""
-    if not torch.is_grad_enabled():
-        return forward(module, *args, **kwargs)
-    convert_late_modules_if_outermost(module)
-    return run_as_layer(functools.partial(forward, module), module, args, kwargs)
+    def __call__(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(module, *args, **kwargs)
+        convert_late_modules_if_outermost(module)
+        if self.level == "layer":
+            return run_as_layer(functools.partial(forward, module), module, args, kwargs)
+        with discard_outputs(module, products=self.level == "all"):
+            return forward(module, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -76,7 +64,7 @@ def converting_late_modules(forward: Forward, module: nn.Module, args: tuple, kw
 def convert_late_modules_if_outermost(module: nn.Module) -> None:
     """Converts the modules that were added since the last call, unless the call is within another converted module's,
     which has already done so."""
-    if not torch.compiler.is_compiling() and active_discarder() is None:
+    if not torch.compiler.is_compiling() and discarding() is None:
         convert_late_modules(module)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..levels import NONE
 from .adapters import is_adapter
 from .code.memoization import shared_results
-from .late_modules import LATE_CLASSES, LateConversion, module_entries, set_late_conversion
+from .late_modules import LATE_CLASSES, module_entries, set_late_conversion
 from .module_tree import modules_of, named_modules
 from .report import LeftAlone, Replaced
 from .rewriting.methods import adapter_of
@@ -23,15 +23,17 @@ from .swap import may_be_swapped, original_of, rule_of
 _lock = threading.Lock()
 
 
-class ContinuedConversion(LateConversion):
+class LateConversion:
     """The conversion of a model, continued with the choices that it began with.
 
     A module of torch's own classes is converted by class, an adapter by the source of the methods. No trials run, and
     no code of the model runs, because this happens within a training step.
 
+    `seen` are the modules of `LATE_CLASSES` and the adapters that were examined already, converted or not; `sizes` has,
+    for each module whose forward looks for added modules, the number of modules inside at the last search for adapters.
+
     Args:
         include, exclude: the choices that `convert` was given.
-        seen: the modules that the conversion itself has examined.
         replaced, left_alone: the lists of the conversion's report, which are continued.
         levels: recompute levels by names of modules, each for all modules below that name.
     """
@@ -46,7 +48,7 @@ class ContinuedConversion(LateConversion):
         levels: Mapping[str, str],
     ) -> None:
         self.seen = set(map(weakref.ref, seen))
-        self.sizes = weakref.WeakKeyDictionary()
+        self.sizes: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
         self._levels = levels
         self._choices = include, exclude
         self._replaced = replaced
@@ -58,9 +60,10 @@ class ContinuedConversion(LateConversion):
         model = self._model()
         modules = modules_of(model) if model is not None else ()
         seen = [module for module in modules if weakref.ref(module) in self.seen]
-        return ContinuedConversion, (*self._choices, seen, [], [], self._levels)
+        return LateConversion, (*self._choices, seen, [], [], self._levels)
 
     def belongs_to(self, module: nn.Module) -> bool:
+        """Whether `module` is the model itself, and not a part of the model."""
         return self._model() is module
 
     def begin(self, model: nn.Module, *others: nn.Module) -> None:
@@ -74,6 +77,7 @@ class ContinuedConversion(LateConversion):
         set_late_conversion((model, *others), self)
 
     def convert(self, modules: list[nn.Module]) -> None:
+        """Converts these modules as the conversion of the model would have done."""
         model = self._model()
         with _lock:
             new = [module for module in dict.fromkeys(modules) if weakref.ref(module) not in self.seen]
@@ -87,6 +91,7 @@ class ContinuedConversion(LateConversion):
                             converter.convert(names[module], module)
 
     def convert_adapters(self) -> None:
+        """Converts the adapters in the model as the conversion of the model would have done."""
         model = self._model()
         with _lock:
             if model is None:

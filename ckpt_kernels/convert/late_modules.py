@@ -5,14 +5,17 @@ difference. Two kinds are looked for: modules of torch's own classes, by their e
 once; and adapters, of any class, whenever the number of modules in the model has changed.
 """
 
-import abc
 import weakref
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .rules.likeness import ACTIVATIONS, NORMS
+
+if TYPE_CHECKING:
+    from .late_conversion import LateConversion
 
 # The classes of torch.nn whose instances are examined when they are added.
 LATE_CLASSES = frozenset(kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, NORMS)) | {
@@ -21,45 +24,15 @@ LATE_CLASSES = frozenset(kind for kind in vars(nn).values() if isinstance(kind, 
     nn.GLU,
 }
 
-
-class LateConversion(abc.ABC):
-    """Converts the modules that are added to one model after the conversion.
-
-    Attributes:
-        seen: the modules of `LATE_CLASSES` and the adapters that were examined already, converted or not.
-        sizes: for each module whose forward looks for added modules, the number of modules inside at the last
-            search for adapters.
-    """
-
-    seen: "set[weakref.ref[nn.Module]]"
-    sizes: "weakref.WeakKeyDictionary[nn.Module, int]"
-
-    @abc.abstractmethod
-    def belongs_to(self, module: nn.Module) -> bool:
-        """Whether `module` is the model itself, and not a part of the model."""
-
-    @abc.abstractmethod
-    def begin(self, model: nn.Module) -> None:
-        """Has the forward of `model`, the converted model or a copy of it, look for added modules from now on."""
-
-    @abc.abstractmethod
-    def convert(self, modules: list[nn.Module]) -> None:
-        """Converts these modules as the conversion of the model would have done."""
-
-    @abc.abstractmethod
-    def convert_adapters(self) -> None:
-        """Converts the adapters in the model as the conversion of the model would have done."""
-
-
 _by_module: "weakref.WeakKeyDictionary[nn.Module, LateConversion]" = weakref.WeakKeyDictionary()
 
 
-def set_late_conversion(modules: Iterable[nn.Module], conversion: LateConversion) -> None:
+def set_late_conversion(modules: Iterable[nn.Module], conversion: "LateConversion") -> None:
     """Has the forwards of these modules look for added modules, and convert them by `conversion`."""
     _by_module.update(dict.fromkeys(modules, conversion))
 
 
-def late_conversion_of(module: nn.Module) -> LateConversion | None:
+def late_conversion_of(module: nn.Module) -> "LateConversion | None":
     """The late conversion that the forward of this module runs, or None."""
     return _by_module.get(module)
 

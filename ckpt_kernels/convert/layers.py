@@ -6,7 +6,7 @@ from torch import nn
 
 from .attribute_loads import is_set
 from .code.call_graph import stores_attributes
-from .module_tree import initialized_parameters, modules_of, named_modules
+from .module_tree import children_of, initialized_parameters, modules_of, named_modules
 from .rules.norms import Norm
 from .swap import may_be_swapped, rule_of
 
@@ -19,9 +19,6 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     A layer is a member of a `ModuleList` or `Sequential` that holds at least two matrices and a norm (in a model
     without norms, at least two matrices), whose class can be exchanged, and which does not consist for the most part of
     layers in lists inside. Where no list has such members, the layers are the members of the longest list.
-
-    Args:
-        model: a module, converted or not.
     """
     names = {module: name for name, module in named_modules(model)}
     has_norms = any(map(_is_norm, names))
@@ -31,28 +28,30 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
             return False
         return not has_norms or any(map(_is_norm, modules_of(module)))
 
-    layers = list(_layers_in(model, is_layer))
+    layers = list(_layers_in(model, is_layer, {model}))
     if not layers:
-        lists = [
-            [m for m in module._modules.values() if m is not None] for module in names if isinstance(module, _LISTS)
-        ]
-        members = max(lists, key=len, default=[])
-        layers = [m for m in members if _has_own_forward(m)]
+        lists = [children_of(module) for module in names if isinstance(module, _LISTS)]
+        longest: list[nn.Module] = max(lists, key=len, default=[])
+        layers = [member for member in longest if _has_own_forward(member)]
     order = {module: place for place, module in enumerate(names)}
     return {names[module]: module for module in sorted(dict.fromkeys(layers), key=order.__getitem__)}
 
 
-def _layers_in(module: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """The layers below a module. Layers inside a layer replace the outer one where they hold half of the parameters."""
-    for child in module._modules.values():
-        if child is None:
+def _layers_in(module: nn.Module, is_layer: Callable[[nn.Module], bool], around: set[nn.Module]) -> Iterator[nn.Module]:
+    """The layers below a module. Layers inside a layer replace the outer one where they hold half of the parameters.
+
+    `around` is the module and those that contain it: modules may contain each other.
+    """
+    for child in children_of(module):
+        if child in around:
             continue
+        within = _layers_in(child, is_layer, around | {child})
         if not (isinstance(module, _LISTS) and is_layer(child)):
-            yield from _layers_in(child, is_layer)
-            continue
-        within = list(_layers_in(child, is_layer))
-        if within and 2 * sum(map(_size, within)) >= _size(child):
             yield from within
+            continue
+        inner = list(within)
+        if inner and 2 * sum(map(_size, inner)) >= _size(child):
+            yield from inner
         else:
             yield child
 
@@ -65,11 +64,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    return (
-        type(module).forward is not nn.Module.forward
-        and not isinstance(module, nn.ModuleList)
-        and may_be_swapped(module)
-    )
+    return has_forward(module) and not isinstance(module, nn.ModuleList) and may_be_swapped(module)
 
 
 def count_matrices(module: nn.Module) -> int:
@@ -89,8 +84,7 @@ def above_lists(model: nn.Module) -> dict[nn.Module, None]:
         if module in seen:
             return module in above
         seen.add(module)
-        children = [child for child in module._modules.values() if child is not None]
-        lists = [isinstance(child, nn.ModuleList) or holds(child) for child in children]
+        lists = [isinstance(child, nn.ModuleList) or holds(child) for child in children_of(module)]
         if any(lists):
             above[module] = None
         return any(lists)
@@ -102,7 +96,7 @@ def above_lists(model: nn.Module) -> dict[nn.Module, None]:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether the module can be called, unlike a list of modules."""
-    return type(module).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
+    return type(module).forward is not nn.Module.forward
 
 
 def may_not_repeat(module: nn.Module) -> bool:

@@ -9,18 +9,16 @@ from .. import backends, offload
 from ..levels import level_of_blocks
 from .attribute_loads import is_set
 from .forward_contexts import (
+    Discarding,
     ForwardContext,
     InTiles,
-    as_layer,
     checkpointing_selectively,
     converting_late_modules,
-    discarding,
-    discarding_products,
 )
-from .late_conversion import ContinuedConversion, late_candidates
+from .late_conversion import LateConversion, late_candidates
 from .layers import above_lists, count_matrices, has_forward, layers_of, may_not_repeat
 from .module_levels import AtLevel, ConvertibleModules, Levels
-from .module_tree import modules_of, named_modules, tensors_of
+from .module_tree import children_of, modules_of, named_modules, tensors_of
 from .report import Report
 from .rewriting.methods import RewrittenMethods, rewritten_methods_of
 from .rewriting.roles import looks_like_mlp
@@ -43,11 +41,7 @@ _WRITES_OVER = "writes over its input, so it runs as written; a reader of its ou
 class ModelConversion(LeafConverter):
     """Converts a model that is not converted, and reports what was replaced.
 
-    Args:
-        model: the model.
-        levels: the recompute levels of the modules.
-        include, exclude: the choices that `convert` was given.
-        tiles: the number of tiles of MLPs whose level states none.
+    `tiles` is the number of tiles of MLPs whose level states none.
     """
 
     def __init__(self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice, tiles: int) -> None:
@@ -63,7 +57,7 @@ class ModelConversion(LeafConverter):
         names = {module: name for name, module in named_modules(model)}
         by_name = {"": levels.of(model)} | {names[module]: levels.of(module) for module in levels.named}
         candidates = late_candidates(model)
-        self.late = ContinuedConversion(include, exclude, candidates, self.replaced, self.left_alone, by_name)
+        self.late = LateConversion(include, exclude, candidates, self.replaced, self.left_alone, by_name)
 
     def run(self, heads: Mapping[str, nn.Module]) -> Report:
         """Converts heads, leaves and composite modules, and sets the contexts of roots, in that order, because each
@@ -76,11 +70,9 @@ class ModelConversion(LeafConverter):
         for module, name in names.items():
             if module not in self.rules:
                 self._convert_composite(name, module)
-        discards = self.levels.whole.level != "block"
-        roots = [module for module in self._roots() if discards or module is self.model]
+        roots = [m for m in self._roots() if self.levels.whole.level != "block" or m is self.model]
         for module in roots:
-            contexts = self._contexts(module) if discards else (converting_late_modules,)
-            self._set_contexts(module, (*self._in_tiles(module), *contexts, *self._offloading(module)))
+            self._set_contexts(module, tuple(self._contexts(module)))
         self.late.begin(self.model, *roots)
         for module, name in names.items():
             self._explain(name, module)
@@ -128,7 +120,7 @@ class ModelConversion(LeafConverter):
         roots = self.above | dict.fromkeys(self.levels.named)
         for parent in () if self.levels.is_by_module else modules_of(self.model):
             if isinstance(parent, nn.ModuleList):
-                roots.update((layer, None) for layer in parent._modules.values() if layer is not None)
+                roots.update(dict.fromkeys(children_of(parent)))
         if self.levels.whole.level == "layer" and not self.levels.is_by_module:
             # Members of lists that are single modules, such as linear layers, must remain as they are: fused calls read
             # their weights.
@@ -142,33 +134,25 @@ class ModelConversion(LeafConverter):
             elif module in self.levels.named:
                 self.leave(self.names[module], module, "its forward cannot be given a level of its own")
 
-    def _in_tiles(self, module: nn.Module) -> tuple[ForwardContext, ...]:
-        """The context with the number of tiles of MLPs in a root; () where no MLP of the model has several tiles.
-
-        Otherwise every root has that context, because roots are nested in each other.
-        """
-        if self.tiles == 1 and not self.levels.has_tiles:
-            return ()
-        policy = self.levels.named[module][0] if module in self.levels.named else self.levels.whole
-        return (InTiles(policy.tiles or self.tiles),)
-
-    def _contexts(self, module: nn.Module) -> tuple[ForwardContext, ...]:
-        """The contexts in which the forward of a root discards outputs."""
+    def _contexts(self, module: nn.Module) -> Iterator[ForwardContext]:
+        """The contexts of a root, the innermost first."""
+        whole, is_named = self.levels.whole, module in self.levels.named
+        policy, places = self.levels.named.get(module, (whole, ()))
         may_repeat = module not in self.above and not any(map(may_not_repeat, modules_of(module)))
-        if module in self.levels.named:
-            policy, places = self.levels.named[module]
-            return (AtLevel(policy.level, places, may_repeat),)
-        whole = self.levels.whole.level
-        if whole == "layer" and module not in self.above and self._is_layer(module):
-            contexts: tuple[ForwardContext, ...] = (as_layer,)
+        # Either every root has a number of tiles or none, because roots are nested in each other.
+        if self.tiles != 1 or self.levels.has_tiles:
+            yield InTiles(policy.tiles or self.tiles)
+        if whole.level == "block":
+            yield converting_late_modules
+        elif is_named:
+            yield AtLevel(policy.level, places, may_repeat)
         else:
-            contexts = (discarding_products if whole in ("all", "layer") else discarding,)
-        return (*contexts, checkpointing_selectively) if may_repeat else contexts
-
-    def _offloading(self, module: nn.Module) -> tuple[ForwardContext, ...]:
-        """The context that moves a root's saved tensors to host memory, where the level says so."""
-        named = self.levels.named.get(module)
-        return (self.offloading,) if named is not None and named[0].is_offloaded else ()
+            is_layer = module not in self.above and self._is_layer(module)
+            yield Discarding("all" if whole.level == "layer" and not is_layer else whole.level)
+            if may_repeat:
+                yield checkpointing_selectively
+        if is_named and policy.is_offloaded:
+            yield self.offloading
 
     def _set_contexts(self, module: nn.Module, contexts: tuple[ForwardContext, ...]) -> None:
         rule = rule_of(module)

@@ -89,6 +89,15 @@ class Levels:
         self._level: dict[nn.Module, str] = {}
         whole = recompute if isinstance(recompute, str) else getattr(recompute, "whole", None)
         known = OF_MODELS if isinstance(recompute, str) else OF_LAYERS
+        if (
+            isinstance(recompute, str)
+            and Policy.read(recompute, OF_MODELS) is None
+            and Policy.read(recompute, OF_MODULES)
+        ):
+            raise ValueError(
+                f"recompute is {recompute!r}, a level of single modules; expected one of {', '.join(OF_MODELS)}, or a "
+                f"mapping of names, such as {{'layers.*': {recompute!r}}}"
+            )
         self.whole = Policy.of("output" if whole is None else whole, known, "recompute")
         self.is_by_module = whole is None
         if isinstance(recompute, str):

@@ -50,9 +50,9 @@ def check_initialized(model: nn.Module) -> None:
                 raise ValueError(f"{place} is a lazy parameter; expected the model to be called once before")
 
 
-def has_children(module: nn.Module) -> bool:
-    """Whether the module contains another module."""
-    return any(child is not None for child in module._modules.values())
+def children_of(module: nn.Module) -> list[nn.Module]:
+    """The modules directly below the module."""
+    return [child for child in module._modules.values() if child is not None]
 
 
 def tensors_of(model: nn.Module, buffers: bool = False) -> Iterator[Tensor]:

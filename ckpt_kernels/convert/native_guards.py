@@ -48,13 +48,13 @@ class GlobalStateGuard(NamedTuple):
     Attributes:
         inactive: functions that return false.
         same: bindings that still hold.
-        absent: holders, and names that they do not contain.
+        sizes: holders, and the number of names that they contain.
         empty: dicts, and names under which they hold empty dicts.
     """
 
     inactive: tuple[Callable[[], Any], ...]
     same: tuple[Binding, ...]
-    absent: tuple[tuple[Any, tuple[str, ...]], ...]
+    sizes: tuple[tuple[Any, int], ...]
     empty: tuple[tuple[dict[str, Any], tuple[str, ...]], ...]
 
 

@@ -12,7 +12,7 @@ from ..ops.registration import is_transformed
 from ..thin.direct import WATCHERS, is_plain
 from .code.call_graph import is_unpatched
 from .native_guards import GlobalStateGuard, ModuleGuard, passes_natively
-from .torch_patches import INHERITED_METHODS, TORCH_FUNCTIONS, are_patched, are_patched_as_traced
+from .torch_patches import NAMES_OF_TENSOR, TORCH_FUNCTIONS, are_patched, are_patched_as_traced
 
 _TENSORS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,6 +24,12 @@ _CALL, _CALL_IMPL = (call if is_unpatched(call) else None for call in _CALLS.val
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CALLS_FORWARD = (("__call__", _CALL), ("_call_impl", _CALL_IMPL))
 _PLAIN_CALL = ModuleGuard(nn.Module, CALLS_FORWARD, (), (), HOOKS, ("forward",))
+# The forwards of torch's modules that are not patched, and their code.
+FORWARDS = {
+    kind: (kind.forward, kind.forward.__code__)
+    for kind in vars(nn).values()
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and is_unpatched(kind.forward)
+}
 _global_hooks = nn.modules.module
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
@@ -33,7 +39,7 @@ _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C.
 GLOBAL_STATE = GlobalStateGuard(
     (*WATCHERS, torch._C._is_any_autocast_enabled),
     (*TORCH_FUNCTIONS, (vars(forward_ad), "_current_level", -1)),
-    ((vars(Tensor), tuple(INHERITED_METHODS)),),
+    ((vars(Tensor), NAMES_OF_TENSOR),),
     ((vars(_global_hooks), tuple(f"_global_{name[1:]}" for name in HOOKS)),),
 )
 
@@ -130,6 +136,12 @@ def class_calls_forward(kind: type[nn.Module]) -> bool:
     """
     call = kind.__call__
     return kind._call_impl is _CALL_IMPL and (call is _CALL or hasattr(call, "only_names_modules"))
+
+
+def has_forward_of(kind: type[nn.Module], torchs: type[nn.Module]) -> bool:
+    """Whether a class has the forward of a class of torch, unchanged since this package was imported."""
+    forward, code = FORWARDS.get(torchs, (None, None))
+    return forward is not None and kind.forward is forward and forward.__code__ is code
 
 
 def is_plain_instance(module: nn.Module) -> bool:

@@ -27,11 +27,11 @@ from .late_modules import late_conversion_of
 from .native_guards import ACTIVATION, are_same
 from .operands import is_called_plainly
 from .rules.rule import ContextOnly, Rule
-from .wrappers import MethodSnapshot, in_context, unless_patched
+from .wrappers import in_context, method_bindings, unless_patched
 
-# Attributes of a converted class: the `Conversion`, a snapshot of the forward, and the bindings of `is_patched`.
+# Attributes of a converted class: the `Conversion`, and the bindings of the forward and of all methods of the original
+# class that the rule replaces.
 _CONVERSION = "_ckpt_conversion"
-_FORWARD = "_ckpt_forward"
 _BINDINGS = "_ckpt_bindings"
 # The key of the `LateConversion` in the pickled state of a converted model.
 _LATE_CONVERSION = "_ckpt_late_conversion"
@@ -42,27 +42,18 @@ class NotSwapped(Exception):
 
 
 class Conversion(NamedTuple):
-    """How a class was converted.
-
-    Attributes:
-        original: the class before the conversion.
-        rule: computes the replaced methods.
-        contexts: the contexts that the forward runs in, the innermost first.
-        methods: snapshots of the original's methods that the rule replaces, and of the forward, by name.
-        forward: the snapshot of the original's forward.
-    """
+    """The class before the conversion, the rule that computes the replaced methods, and the contexts that the forward
+    runs in, the innermost first."""
 
     original: type[nn.Module]
     rule: Rule
     contexts: tuple[ForwardContext, ...]
-    methods: tuple[tuple[str, MethodSnapshot], ...]
-    forward: MethodSnapshot
 
 
 def _reduce_ex(self: Any, protocol: SupportsIndex) -> Any:
     """The `__reduce_ex__` of converted classes."""
     kind = type(self)
-    original, rule, contexts, *_ = getattr(kind, _CONVERSION)
+    original, rule, contexts = getattr(kind, _CONVERSION)
     if original in copyreg.dispatch_table:
         return copyreg.dispatch_table[original](self)
     reduced = original.__reduce_ex__(self, protocol)
@@ -100,10 +91,9 @@ def swap(module: nn.Module, rule: Rule, contexts: tuple[ForwardContext, ...] = (
     kind = type(module)
     if not _has_default_reduce(kind):
         raise NotSwapped("is pickled in a way of its own")
-    methods = tuple((name, MethodSnapshot.of(getattr(kind, name))) for name in sorted({*rule.names, "forward"}))
     try:
         with shared_results():
-            converted = _converted_class(Conversion(kind, rule, contexts, methods, dict(methods)["forward"]))
+            converted = _converted_class(Conversion(kind, rule, contexts))
         object.__setattr__(module, "__class__", converted)
     except Exception as error:  # a user's __init_subclass__ or metaclass may raise anything
         raise NotSwapped("its class cannot be subclassed") from error
@@ -111,7 +101,7 @@ def swap(module: nn.Module, rule: Rule, contexts: tuple[ForwardContext, ...] = (
 
 def add_forward_context(module: nn.Module, context: ForwardContext) -> None:
     """Puts one more context around the forward of a module, converted or not, as the outermost."""
-    conversion = getattr(type(module), _CONVERSION, None)
+    conversion = _conversion_of(type(module))
     if conversion is None:
         swap(module, ContextOnly(), (context,))
     else:
@@ -124,9 +114,14 @@ def swap_back(module: nn.Module) -> None:
     object.__setattr__(module, "__class__", original_of(module))
 
 
+def _conversion_of(kind: type[nn.Module]) -> Conversion | None:
+    """The conversion of a class, which may be inherited. A metaclass with a `__getattr__` is not asked."""
+    return next((vars(base)[_CONVERSION] for base in kind.__mro__ if _CONVERSION in vars(base)), None)
+
+
 def original_of(module: nn.Module) -> type[nn.Module]:
     """The module's class; for a converted module, the class before the conversion."""
-    conversion = getattr(type(module), _CONVERSION, None)
+    conversion = _conversion_of(type(module))
     return type(module) if conversion is None else conversion.original
 
 
@@ -160,7 +155,7 @@ def is_converted(module: nn.Module) -> bool:
         >>> ckpt_kernels.is_converted(model[0]), ckpt_kernels.is_converted(model[1])
         (True, False)
     """
-    return hasattr(type(module), _CONVERSION)
+    return _conversion_of(type(module)) is not None
 
 
 def is_wrapped(module: nn.Module) -> bool:
@@ -170,7 +165,7 @@ def is_wrapped(module: nn.Module) -> bool:
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule of a converted module, or None."""
-    conversion = getattr(type(module), _CONVERSION, None)
+    conversion = _conversion_of(type(module))
     return None if conversion is None else conversion.rule
 
 
@@ -184,8 +179,9 @@ def rule_in_force(module: nn.Module) -> Rule | None:
 
 def is_patched(kind: type[nn.Module]) -> bool:
     """Whether the forward of a converted class, or of the original class, was replaced after the conversion."""
-    # `kind` may be a subclass of a converted class, which inherits both attributes and may define another forward.
-    return not are_same(((kind, "forward", getattr(kind, _FORWARD).method), *getattr(kind, _BINDINGS)))
+    # `kind` may be a subclass of a converted class, which inherits the bindings and may define another forward.
+    (_, _, forward), *_ = bindings = getattr(kind, _BINDINGS)
+    return not are_same(((kind, "forward", forward), *bindings))
 
 
 def _converted_class(conversion: Conversion) -> type[nn.Module]:
@@ -193,10 +189,11 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
 
     The class lives as long as these modules: classes hold their subclasses by weak references.
     """
-    original = conversion.original
+    original, rule, contexts = conversion
     for subclass in type.__subclasses__(original):
-        if vars(subclass).get(_CONVERSION) == conversion and getattr(subclass, _FORWARD).is_at(subclass, "forward"):
+        if vars(subclass).get(_CONVERSION) == conversion and are_same(vars(subclass)[_BINDINGS]):
             return subclass
+    methods = {name: method_bindings(original, name, getattr(original, name)) for name in ("forward", *rule.names)}
     members: dict[str, Any] = {
         _CONVERSION: conversion,
         "__module__": original.__module__,
@@ -207,9 +204,9 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
     }
     if "__annotations__" in vars(original):
         members["__annotations__"] = vars(original)["__annotations__"]
-    for name, method in conversion.rule.methods(original).items():
-        members[name] = unless_patched(original, name, dict(conversion.methods)[name], method)
-    for context in conversion.contexts:
+    for name, method in rule.methods(original).items():
+        members[name] = unless_patched(methods[name], method)
+    for context in contexts:
         members["forward"] = in_context(original, context, members.get("forward"))
     with contextlib.suppress(TypeError, ValueError):  # some classes have no signature
         members["__signature__"] = inspect.signature(original)
@@ -217,11 +214,10 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
     # No other base: with two, Python compares the layouts of the classes by the first bases alone.
     converted = _converting_metaclass(metaclass)(original.__name__, (original,), dict(members))
     _undo_subclass_hooks(converted, original, members)
-    forward = MethodSnapshot.of(vars(converted).get("forward", original.forward))
-    type.__setattr__(converted, _FORWARD, forward)
-    bindings = forward.bindings(converted, "forward") + conversion.forward.bindings(original, "forward")
+    forward = method_bindings(converted, "forward", vars(converted).get("forward", original.forward))
+    bindings = sum(methods.values(), forward)
     type.__setattr__(converted, _BINDINGS, bindings)
-    type.__setattr__(converted, ACTIVATION, conversion.rule.activation_guard(bindings))
+    type.__setattr__(converted, ACTIVATION, rule.activation_guard(bindings))
     _classes[_PROCESS, id(converted)] = converted
     return converted
 
@@ -234,7 +230,8 @@ def _undo_subclass_hooks(converted: type, original: type, members: dict[str, Any
             if name in members:
                 if value is not members[name] and not _must_be_outermost(name, value):
                     type.__setattr__(converted, name, members[name])
-            elif name not in _PYTHONS_OWN and (name in vars(original) or not name.startswith("__")):
+            # `_abc_impl` is Python's own, the cache of isinstance for abstract base classes.
+            elif name != "_abc_impl" and (name in vars(original) or not name.startswith("__")):
                 type.__delattr__(converted, name)
 
 
@@ -246,10 +243,6 @@ def _must_be_outermost(name: str, wrapper: Any) -> bool:
     """
     names = wrapper.__code__.co_names if isinstance(wrapper, types.FunctionType) else ()
     return name in names and ("type" in names or "__class__" in names)
-
-
-# Python's own attribute of a class: the cache of isinstance for abstract base classes.
-_PYTHONS_OWN = ("_abc_impl",)
 
 
 @functools.cache
@@ -275,7 +268,6 @@ def _reduce_class(kind: type[nn.Module]) -> tuple | str:
 # A pickle holds this process's id and the class's id: a copy within the process gets the very class, any other process
 # makes the class anew.
 _PROCESS = uuid.uuid4().hex
-_NEW: Callable[..., nn.Module] = vars(copyreg)["__newobj__"]
 _classes: "weakref.WeakValueDictionary[tuple[str, int], type[nn.Module]]" = weakref.WeakValueDictionary()
 
 
@@ -284,16 +276,16 @@ def _rebuild(
     rule: Rule,
     contexts: tuple[ForwardContext, ...],
     key: tuple[str, int],
-    construct: Callable[..., nn.Module] = _NEW,
-    arguments: tuple = (),
+    construct: Callable[..., nn.Module],
+    arguments: tuple,
 ) -> nn.Module:
     """Unpickles a converted module: constructs a module of the original class as Python would, and converts it."""
-    module = construct(*(arguments or (original,)))
+    module = construct(*arguments)
     if type(module) is not original:
         return module
     kind = _classes.get(key)
     # The id of a class that is gone may have become that of another class.
-    if kind is not None and getattr(kind, _CONVERSION)[:3] == (original, rule, contexts):
+    if kind is not None and getattr(kind, _CONVERSION) == (original, rule, contexts):
         object.__setattr__(module, "__class__", kind)
     else:
         swap(module, rule, contexts)

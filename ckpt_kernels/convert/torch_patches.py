@@ -19,28 +19,32 @@ _OF_FUNCTIONAL = """batch_norm dropout elu gelu glu group_norm hardswish hardtan
     linear mish relu relu6 rms_norm sigmoid silu softplus tanh""".split()
 _OF_TORCH = """add addmm batch_norm chunk erf group_norm instance_norm layer_norm mul pow relu rms_norm rsqrt sigmoid
     sqrt square tanh""".split()
-_METHODS = """__add__ __iadd__ __getitem__ __mul__ __neg__ __radd__ __rmul__ __sub__ __truediv__ add chunk div float
-    mean mul pow relu rsqrt sigmoid size sqrt sub t tanh to type_as view""".split()
+# The methods that Tensor itself defines; it inherits all others.
+_METHODS = "__iter__ __neg__ __pow__ __rdiv__ __rpow__ __rsub__ __rtruediv__ split".split()
+_IN_C = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 
 
 def _expected(function: Any) -> Any:
     """The function itself if torch's or Python's. For a function that was patched before this package was imported, an
     object that equals nothing, so that `are_patched` is always true."""
-    return function if isinstance(function, types.BuiltinFunctionType) or belongs_to_torch(function) else object()
+    return function if isinstance(function, _IN_C) or belongs_to_torch(function) else object()
 
 
-TORCH_FUNCTIONS: tuple[Binding, ...] = tuple(
-    (vars(holder), name, _expected(vars(holder)[name]))
+# With modules for holders, whose attributes torch.compile guards one by one.
+_TRACED: tuple[Binding, ...] = tuple(
+    (holder, name, _expected(vars(holder)[name]))
     for holder, names in ((F, _OF_FUNCTIONAL), (torch, _OF_TORCH))
     for name in names
     if name in vars(holder)
 )
-# The same with modules for holders, whose attributes torch.compile guards one by one.
-_TRACED = tuple((F if held is vars(F) else torch, name, value) for held, name, value in TORCH_FUNCTIONS)
 _OF_TENSOR = vars(Tensor)
-# Methods that Tensor inherits. A patch defines one on Tensor itself.
-INHERITED_METHODS = {name: getattr(Tensor, name) for name in _METHODS if name not in vars(Tensor)}
-_NAMES = frozenset(INHERITED_METHODS)
+TORCH_FUNCTIONS: tuple[Binding, ...] = (
+    *((vars(holder), name, function) for holder, name, function in _TRACED),
+    *((Tensor, name, _expected(_OF_TENSOR[name])) for name in _METHODS if name in _OF_TENSOR),
+)
+# A patch of a method that Tensor inherits adds a name to Tensor itself.
+NAMES_OF_TENSOR = len(_OF_TENSOR)
+_NAMES = frozenset(_OF_TENSOR)
 
 
 def are_patched() -> bool:
@@ -48,7 +52,7 @@ def are_patched() -> bool:
 
     Runs at each call that no compiler traces, and must be fast.
     """
-    return not (are_same_untraced(TORCH_FUNCTIONS) and (_OF_TENSOR.keys().isdisjoint(_NAMES) or _are_inherited()))
+    return not (are_same_untraced(TORCH_FUNCTIONS) and (len(_OF_TENSOR) == NAMES_OF_TENSOR or _are_unrelated()))
 
 
 def are_patched_as_traced() -> bool:
@@ -56,6 +60,7 @@ def are_patched_as_traced() -> bool:
     return any(getattr(holder, name) is not value for holder, name, value in _TRACED)
 
 
-def _are_inherited() -> bool:
-    """Whether all attributes that Tensor itself has under these names equal the inherited ones."""
-    return all(_OF_TENSOR.get(name, method) is method for name, method in INHERITED_METHODS.items())
+def _are_unrelated() -> bool:
+    """Whether no name that Tensor has gained stands for an inherited one, other than the same object."""
+    inherited = {name: getattr(super(Tensor, Tensor), name, None) for name in _OF_TENSOR.keys() - _NAMES}
+    return all(method is None or _OF_TENSOR[name] is method for name, method in inherited.items())

@@ -1,59 +1,49 @@
-"""Methods of converted classes: wrappers that check for patches and run contexts, and snapshots of the originals."""
+"""Methods of converted classes: wrappers that check for patches of the originals, and run contexts."""
 
 import contextlib
 import functools
 import inspect
-import operator
 import types
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from .code.source import NoSource, decorator_chain
 from .forward_contexts import ForwardContext
 from .native_guards import Binding, are_same, native_same_check
 from .rules.rule import Forward
 
-
-class MethodSnapshot(NamedTuple):
-    """A method, and the attributes that can be changed in place: code, defaults and keyword defaults."""
-
-    method: Forward
-    code: Any
-    defaults: Any
-    kwdefaults: Any
-
-    @classmethod
-    def of(cls, method: Forward) -> "MethodSnapshot":
-        return cls(method, *(getattr(method, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__")))
-
-    def is_at(self, kind: type[nn.Module], name: str) -> bool:
-        """Whether the class still has this method, unchanged, under that name."""
-        return are_same(self.bindings(kind, name))
-
-    def bindings(self, kind: type[nn.Module], name: str) -> tuple[Binding, ...]:
-        """The bindings that hold as long as the class has this method, unchanged, under that name."""
-        attributes = (("__code__", self.code), ("__defaults__", self.defaults), ("__kwdefaults__", self.kwdefaults))
-        of_function = attributes if type(self.method) is types.FunctionType else ()
-        return (kind, name, self.method), *((self.method, attribute, value) for attribute, value in of_function)
-
-    # By identity, because defaults may be lists, which have no hash.
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, MethodSnapshot) and all(map(operator.is_, self, other))
-
-    def __hash__(self) -> int:
-        return hash(tuple(map(id, self)))
+# The attributes of a function that can be changed in place.
+_CHANGEABLE = ("__code__", "__defaults__", "__kwdefaults__")
 
 
-def unless_patched(original: type[nn.Module], name: str, snapshot: MethodSnapshot, method: Forward) -> Forward:
-    """A method that calls `method`, or the original class's method where that has been patched since `snapshot`."""
+def method_bindings(kind: type, name: str, method: Any) -> tuple[Binding, ...]:
+    """The bindings that hold as long as the class has this method under that name, as the method is now."""
+    functions = _functions_of(method)
+    return (kind, name, method), *(
+        (f, attribute, getattr(f, attribute)) for f in functions for attribute in _CHANGEABLE
+    )
 
-    _ckpt_name, _ckpt_method, _ckpt_original, _ckpt_load = name, method, original, getattr
-    _ckpt_are_same, _ckpt_bindings = are_same, snapshot.bindings(original, name)
-    _ckpt_is_compiling, _ckpt_native_check = torch.compiler.is_compiling, native_same_check(_ckpt_bindings)
 
-    @_in_place_of(snapshot.method)
+def _functions_of(method: Any) -> Sequence[types.FunctionType]:
+    """The functions whose code runs in a call of the method: the method itself, and those that decorators wrap."""
+    if type(method) is not types.FunctionType:
+        return ()
+    try:
+        return decorator_chain(method)
+    except NoSource:
+        return (method,)
+
+
+def unless_patched(bindings: tuple[Binding, ...], method: Forward) -> Forward:
+    """A method that calls `method`, or the original class's method where its `method_bindings` no longer hold."""
+    (_ckpt_original, _ckpt_name, original_method), *_ = bindings
+    _ckpt_method, _ckpt_load, _ckpt_are_same, _ckpt_bindings = method, getattr, are_same, bindings
+    _ckpt_is_compiling, _ckpt_native_check = torch.compiler.is_compiling, native_same_check(bindings)
+
+    @_in_place_of(original_method)
     def call(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         # A compiler must trace the Python check, to guard on the bindings.
         is_same = _ckpt_are_same(_ckpt_bindings) if _ckpt_is_compiling() else _ckpt_native_check()

@@ -230,7 +230,7 @@ def tiles_for(tiles: int | None, recompute: str) -> int:
     if not is_count(tiles):
         raise ValueError(f"tiles is {shown(tiles)}; expected a positive whole number, or None")
     if tiles > 1 and is_block:
-        raise ValueError(f"tiles is {tiles} and recompute is 'block'; expected recompute 'output' or 'all'")
+        raise ValueError(f"tiles is {tiles} and recompute is 'block'; expected a level that discards outputs")
     return tiles
 
 

@@ -92,10 +92,11 @@ def converted(
         model: a module that no trainer has wrapped yet.
         recompute: see `parsed`.
         inputs: for a budget, the inputs of the model in a step of the largest size: a tensor, a tuple, or a dict
-            by name. Tensors are moved to the model's device. Ignored otherwise.
+            by name. Tensors are moved to the model's device. Ignored otherwise. In a distributed run the first
+            process plans with its own inputs, and all processes apply that plan.
         loss: for a budget, a function from the model's result to the loss; by default the loss in that result.
         autocast: for a budget, the context in which steps run.
-        logits, tiles: see `ckpt_kernels.convert`. The plan for a budget is best_plan without them.
+        logits, tiles: see `ckpt_kernels.convert`. A plan for a budget is made without them.
 
     Returns:
         The report of `convert`.
@@ -123,9 +124,33 @@ def converted(
         )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     args, kwargs = arguments_of(_moved_to(inputs, device))
-    with autocast or nullcontext():
-        best_plan = plan(model, *args, budget=wanted.budget, loss=loss, **kwargs)
-    return best_plan.apply(logits=logits, tiles=tiles)
+
+    def planned() -> Plan:
+        with autocast or nullcontext():
+            return plan(model, *args, budget=wanted.budget, loss=loss, **kwargs)
+
+    return _of_first_process(planned).apply(model, logits=logits, tiles=tiles)
+
+
+def _of_first_process(planned: Callable[[], Plan]) -> Plan:
+    """The plan that the first process makes, for all processes of a distributed run.
+
+    Each process would measure other times and so might choose another plan. Processes with other checkpoints run other
+    collective operations in the backward pass, and wait for each other for ever.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return planned()
+    found: list[Any] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            found = [planned()]
+        except Exception as error:  # the others would wait
+            found = [error]
+    distributed.broadcast_object_list(found, src=0)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def tokens(batch: int, length: int) -> dict[str, Any]:

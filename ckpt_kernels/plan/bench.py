@@ -219,12 +219,23 @@ def _check_can_be_copied(model: nn.Module) -> None:
     for name, module in named_modules(model):
         if is_sharded(module):
             raise TypeError(f"{name or 'the model'} is sharded; expected a model that is not: plan, apply, then shard")
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.SyncBatchNorm) and _has_other_processes():
+            raise TypeError(
+                f"{name or 'the model'} is a {type(module).__name__}, which waits for the other processes in every "
+                "step, and processes may take different numbers of steps; expected a model without: plan in one "
+                "process, save the plan, and load and apply it in all"
+            )
         for key, value in vars(module).items():
             if not key.endswith("_hooks") and _holds_modules(value):
                 raise TypeError(
                     f"{name or 'the model'}.{key} is a function that holds modules, which a copy of the model would "
                     "call; expected a model whose copy is independent of it"
                 )
+
+
+def _has_other_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _holds_modules(value: Any, depth: int = 3) -> bool:

@@ -144,6 +144,11 @@ class Plan:
     def _check(self, model: nn.Module) -> None:
         if any(map(is_sharded, modules_of(model))):
             raise ValueError("the model is sharded; expected a model that is not: apply the plan, then shard")
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            raise ValueError(
+                f"the model is wrapped in {type(model).__name__}; expected the model inside, model.module: apply the "
+                "plan, then wrap"
+            )
         if structure_of(model) != self.structure:
             raise ValueError(
                 "the model is of another structure (names, classes and shapes of its modules) than the one that the "

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from .. import backends
 from . import fast_path, nodes
-from .active import discarding, has_innermost_hooks, innermost, seekers, thread
+from .active import discarding, innermost, seekers, thread, top_hooks
 from .announcements import Announced
 from .cells import Cell, Kept, empty_of
 from .discarder import Discarder
@@ -124,16 +124,32 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
     allow_transforms()
     discarder = Discarder(module, products, temporaries)
     hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
+    outer, pushed_by = discarder.outer, None
     try:
         hooks._push_saved_tensors_default_hooks(fast_path.packing(discarder), fast_path.unpacking(_unpack))
+        pushed_by = threading.get_ident()
         thread.active.append(discarder)
         yield
     finally:
         discarder.is_closed = True
         innermost()
         discarder.close()
-        if has_innermost_hooks(discarder):
+        # Hooks that were opened before and closed within, in another call, have removed these hooks in place of theirs.
+        if outer is not None and pushed_by == threading.get_ident() and _are_same(top_hooks(), outer):
             hooks._pop_saved_tensors_default_hooks()
+        while _has_closed_hooks():
+            hooks._pop_saved_tensors_default_hooks()
+
+
+def _has_closed_hooks() -> bool:
+    """Whether the innermost hooks on this thread are those of a closed context."""
+    top = top_hooks()
+    owner = None if top is None else getattr(top[0], "__self__", None)
+    return isinstance(owner, Discarder) and owner.is_closed
+
+
+def _are_same(hooks: tuple[Any, Any] | None, others: tuple[Any, Any]) -> bool:
+    return hooks is not None and hooks[0] is others[0] and hooks[1] is others[1]
 
 
 def use_library(thin: Any) -> None:
@@ -143,8 +159,8 @@ def use_library(thin: Any) -> None:
     thin.set_up_classes(Announced, Block, Cell, Claim, Discarder, Entries, Entry, Kept, Recipe)
     names = SAVED_BY, KEEPING | {nodes.LEAF}, frozenset(VIEWS), WRITERS, PRIVATE_READERS, GATHERS
     thin.set_up_cells(torch.strided, LONGEST_CHAIN, *names, BackwardCFunction)
-    top_hooks = hooks._top_saved_tensors_default_hooks
-    thin.set_up_records(thread, top_hooks, backends.chosen, type(threading.RLock()), empty_of)
+    top = hooks._top_saved_tensors_default_hooks
+    thin.set_up_records(thread, top, backends.chosen, type(threading.RLock()), empty_of)
     thin.set_up_storages(storage._expired, storage._free_weak_ref)
     modes = torch.is_grad_enabled, torch.is_inference_mode_enabled
     thin.set_up_unpacking(_unpack, seekers, graph_task, backends.chosen, *modes)

@@ -10,8 +10,9 @@ costs memory, but never gives a wrong result.
 
 As in torch's checkpoint, random numbers and autocast are restored, and the number, shapes and dtypes of the saved
 tensors are compared with the first pass. In addition, buffers that the first pass wrote to in place, such as running
-statistics, have their old values in the second pass, which does not change them. A layer's arguments and parameters
-must not have been written to since.
+statistics, have their old values in the second pass, which does not change them; and the modules have the parameters,
+children, hooks, training mode and plain attributes of the first pass (see `module_state`). A layer's arguments and
+parameters must not have been written to since.
 """
 
 import weakref

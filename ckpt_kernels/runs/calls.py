@@ -14,7 +14,9 @@ from ..bitwise_check import checksum_of
 from ..call_state import BufferSnapshot, autocast_state
 from ..nested_values import tensors_among
 from ..random_state import RandomState
+from ..recompute.biases import address_of
 from .held import Held
+from .module_state import restored
 
 if TYPE_CHECKING:
     from .run import Run
@@ -67,16 +69,20 @@ class Call:
         self.written: list[BufferSnapshot] = []
         self.autocast = autocast_state()
         self.backend = backends.chosen()
-        self.parameters = _versions_of(held.parameters)
+        # In distributed runs sharding exchanges, gathers and frees parameters between the passes.
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.parameters = () if is_distributed else _versions_of(held.parameters)
+        self.states = () if is_distributed else held.states
 
     def repeat(self, args: list[Any], kwargs: dict[str, Any], alone: bool) -> list[Tensor]:
-        """Repeats the call with the random numbers, autocast, backend and buffers of the first pass. Returns the
-        result's tensors."""
-        for parameter, version in self.parameters:
-            if parameter._version != version:
+        """Repeats the call with the random numbers, autocast, backend, buffers and modules' states of the first pass.
+        Returns the result's tensors."""
+        for parameter, version, address in self.parameters:
+            if parameter._version != version or address_of(parameter) != address:
                 raise RuntimeError(
                     f"a parameter of a checkpointed layer, {parameter.dtype} {tuple(parameter.shape)}, was modified by "
-                    f"an in-place operation since: it is at version {parameter._version}; expected version {version}"
+                    f"an in-place operation since, or given other memory: it is at version {parameter._version}; "
+                    f"expected version {version} and the same memory"
                 )
         # A sharded layer gathers its weights in hooks of the module. For a single layer the backward pass has gathered
         # them.
@@ -84,6 +90,7 @@ class Call:
         with contextlib.ExitStack() as stack:
             # The state is restored also if nothing was drawn: a layer may put a generator's state back itself.
             stack.enter_context(self.random.restored())
+            stack.enter_context(restored(self.states))
             for buffer in self.written:
                 stack.enter_context(buffer.restored())
             if backends.chosen() != self.backend:
@@ -94,11 +101,9 @@ class Call:
             return list(tensors_among(function(*args, **kwargs)))
 
 
-def _versions_of(parameters: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, int]]:
-    """The versions of parameters; none in distributed runs, where sharding gathers and frees parameters."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return []
-    return [(parameter, parameter._version) for parameter in parameters if not parameter.is_inference()]
+def _versions_of(parameters: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, int, int]]:
+    """The versions and addresses of parameters."""
+    return [(p, p._version, address_of(p)) for p in parameters if not p.is_inference()]
 
 
 def is_sharded(module: nn.Module) -> bool:

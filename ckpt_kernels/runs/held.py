@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .module_state import ModuleState
+
 # Types of attributes that are no generators, and of parameters and buffers that are not lazy. One set operation over
 # all types takes less time than to ask `isinstance` of each value.
 _OTHER_TYPES = frozenset({type(None), bool, int, float, str, tuple, list, dict, collections.OrderedDict, set})
@@ -21,11 +23,13 @@ class Held(NamedTuple):
         parameters: the parameters.
         buffers: each buffer, with the module that it belongs to.
         generators: the generators among the modules' attributes.
+        states: the state of each module.
     """
 
     parameters: list[nn.Parameter]
     buffers: list[tuple[Tensor, nn.Module]]
     generators: list[torch.Generator]
+    states: list[ModuleState]
 
 
 def held_by(layer: nn.Module) -> Held | None:
@@ -33,11 +37,13 @@ def held_by(layer: nn.Module) -> Held | None:
     parameters: list[nn.Parameter | None] = []
     buffers: list[tuple[Tensor, nn.Module]] = []
     generators: list[torch.Generator] = []
+    states: list[ModuleState] = []
     modules, seen = [layer], set()
     for module in modules:
         if module in seen:
             continue
         seen.add(module)
+        states.append(ModuleState(module))
         parameters += module._parameters.values()
         if module._buffers:
             buffers += [(buffer, module) for buffer in module._buffers.values() if buffer is not None]
@@ -46,7 +52,7 @@ def held_by(layer: nn.Module) -> Held | None:
         own = vars(module).values()
         if not _OTHER_TYPES.issuperset(map(type, own)):
             generators += [value for value in own if isinstance(value, torch.Generator)]
-    held = Held([parameter for parameter in parameters if parameter is not None], buffers, generators)
+    held = Held([parameter for parameter in parameters if parameter is not None], buffers, generators, states)
     return None if _is_any_lazy(held.parameters) or _is_any_lazy([buffer for buffer, _ in buffers]) else held
 
 

@@ -32,8 +32,8 @@ GATES = (
     ),
     Mutant(
         "a gate may take parts of a fixed size",
-        _GATES,
-        "not (is_size_independent(function) if tree is None else is_tree_size_independent(tree))",
+        "ckpt_kernels/convert/code/function_reachability.py",
+        "not is_size_independent(function, self._trees.get(function))",
         "False",
         _OTHERS,
     ),

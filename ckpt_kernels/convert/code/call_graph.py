@@ -82,19 +82,16 @@ def _named_in(function: types.FunctionType, kind: type) -> Iterator[types.Functi
     """The functions behind the names in a function's code, and those in its closure."""
     namespace = function.__globals__
     modules = [m for m in namespace.values() if has_type(m, types.ModuleType) and not belongs_to_torch(m)]
+    owners = [owner for owner in kind.__mro__ if not belongs_to_torch(owner)]
     values: list[Any] = list(map(cell_value, function.__closure__ or ()))
     for name in names_in(function.__code__):
-        values += _defined(kind, name)
+        # In all classes of the method resolution order, because `super()` may call any.
+        values += [vars(owner)[name] for owner in owners if name in vars(owner)]
         values.append(namespace.get(name))
         imported = (vars(module).get(name) for module in modules)
         values += [value for value in imported if has_type(value, types.FunctionType)]
     for value in values:
         yield from functions_held_by(value)
-
-
-def _defined(kind: type, name: str) -> list[Any]:
-    """The values of a name in all classes of a class's method resolution order, because `super()` may call any."""
-    return [vars(owner)[name] for owner in kind.__mro__ if name in vars(owner) and not belongs_to_torch(owner)]
 
 
 # By the built-in type, because a method of a subclass could load what a lazy container holds.
@@ -151,13 +148,9 @@ def _stores_attributes(code: types.CodeType) -> bool:
 
 def is_unpatched(method: Any) -> bool:
     """Whether a method of a torch class still is the one that torch's file defines, rather than a monkey patch."""
-    code = getattr(method, "__code__", None)
-    return code is not None and _is_file_of_torch_module(method.__module__ or "", code.co_filename)
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_file_of_torch_module(module: str, file: str) -> bool:
-    return module.startswith("torch.") and file == getattr(sys.modules.get(module), "__file__", None)
+    code, module = getattr(method, "__code__", None), method.__module__ or ""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return code is not None and module.startswith("torch.") and code.co_filename == file
 
 
 def belongs_to_torch(value: Any) -> bool:

@@ -16,6 +16,7 @@ from .call_graph import belongs_to_torch
 from .code_objects import cell_value, has_type, names_in
 from .scope import UNKNOWN, Scope
 from .source import NoSource, definition_of
+from .syntax_trees import is_name, root_name, stored_names
 
 # Prefix of the names that a rewrite adds to a function.
 PREFIX = "_ckpt_kernels_"
@@ -36,11 +37,7 @@ def why_not_rewritten(function: types.FunctionType, module: nn.Module | None = N
     """The reason, for people, why a function must not be rewritten; "" if it may be.
 
     A function may be rewritten if neither the function nor a global that the function calls inspects the function's
-    frame, and no name in the function starts with `PREFIX`.
-
-    Args:
-        function: the function.
-        module: the first argument, if known.
+    frame, and no name in the function starts with `PREFIX`. `module` is the first argument, if known.
     """
     code = function.__code__
     names = names_in(code)
@@ -81,15 +78,16 @@ def _inspectors(
         yield from sorted(wanted)
         return
     scope = Scope(function, tree, module)
-    rebound = _bound_within(tree) - scope.locals
+    # Names that only a nested function or a comprehension binds.
+    rebound = (stored_names(tree) | {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}) - scope.locals
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id in wanted and isinstance(node.ctx, ast.Load):
+        if is_name(node, wanted) and isinstance(node.ctx, ast.Load):
             # A local variable has its value from another expression.
             if node.id not in scope.locals | rebound | known.keys() and _is_any(scope.value(node), inspectors):
                 yield node.id
         elif isinstance(node, ast.Attribute) and node.attr in wanted:
-            is_known = _root(node) not in rebound and _is_other(_member(scope.value(node.value), node.attr), inspectors)
-            if not is_known:
+            member = _member(scope.value(node.value), node.attr)
+            if root_name(node) in rebound or not _is_other(member, inspectors):
                 yield ast.unparse(node)
         elif isinstance(node, ast.ImportFrom):
             source = sys.modules.get(node.module or "") if not node.level else None
@@ -119,19 +117,6 @@ def _member(owner: Any, name: str) -> Any:
     return inspect.getattr_static(owner, name, owner._modules.get(name, UNKNOWN))
 
 
-def _bound_within(tree: ast.FunctionDef) -> set[str]:
-    """The names that a function, and the functions and comprehensions in it, bind."""
-    stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-    return stored | {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-
-
-def _root(tree: ast.expr) -> str:
-    """The name that a chain of attributes and subscripts begins with, or ""."""
-    while isinstance(tree, ast.Attribute | ast.Subscript):
-        tree = tree.value
-    return tree.id if isinstance(tree, ast.Name) else ""
-
-
 def _reads_locations_only(function: types.FunctionType) -> bool:
     """Whether a function reads only fields of `_LOCATION` from frames.
 
@@ -141,19 +126,15 @@ def _reads_locations_only(function: types.FunctionType) -> bool:
         tree = definition_of(function).tree
     except NoSource:
         return False
-    records, assignments = set(), 0
+    records, assignments = set[str](), 0
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript):
             (target, *others), subscripted = node.targets, node.value.value
             if isinstance(target, ast.Name) and not others and ast.unparse(subscripted) == _OUTER_FRAMES:
                 records.add(target.id)
                 assignments += 1
-    loads = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in records and isinstance(n.ctx, ast.Load)]
+    loads = [n for n in ast.walk(tree) if is_name(n, records) and isinstance(n.ctx, ast.Load)]
     fields = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in _LOCATION]
-    frames = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute | ast.Name) and _last_name(n) == "currentframe"]
+    frames = [n for n in ast.walk(tree) if getattr(n, "attr", getattr(n, "id", "")) == "currentframe"]
     owners_of_fields = {id(field.value) for field in fields}
     return len(frames) == assignments and all(id(load) in owners_of_fields for load in loads)
-
-
-def _last_name(node: ast.Attribute | ast.Name) -> str:
-    return node.attr if isinstance(node, ast.Attribute) else node.id

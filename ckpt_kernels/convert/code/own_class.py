@@ -18,6 +18,7 @@ from .code_objects import has_type, names_in
 from .memoization import memoized
 from .scope import Scope
 from .source import NoSource, definition_of
+from .syntax_trees import is_name
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Functions with these globals take patterns and strings, and no modules.
@@ -34,9 +35,7 @@ _NOT_INHERITED = frozenset("__annotations__ __base__ __bases__ __dict__ __mro__ 
 def inspects_own_class(module: nn.Module, original_of: Callable[[nn.Module], type[nn.Module]]) -> bool:
     """Whether code of the module uses the module's class in a way that tells a subclass from the class.
 
-    Args:
-        module: the module.
-        original_of: the class of a module before the conversion.
+    `original_of` returns the class of a module before the conversion.
     """
     kind = original_of(module)
     if _code_inspects(kind):
@@ -85,7 +84,7 @@ def _bare_selves(method: types.FunctionType, tree: ast.FunctionDef) -> list[ast.
     """The uses of `self` in a method other than reading and setting attributes."""
     self_name = method.__code__.co_varnames[0]
     owners = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return [node for node in ast.walk(tree) if _is_name(node, (self_name,)) and id(node) not in owners]
+    return [node for node in ast.walk(tree) if is_name(node, (self_name,)) and id(node) not in owners]
 
 
 @memoized
@@ -99,26 +98,19 @@ def _holders_of_receivers(method: types.FunctionType) -> frozenset[str]:
         tree = definition_of(method).tree
     except NoSource:
         return every_name
-    callees = {
-        id(argument): node.func
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        for argument in _arguments(node)
-    }
-    names = [
-        _attribute_called(callees.get(id(node)), method.__code__.co_varnames[0]) for node in _bare_selves(method, tree)
-    ]
+    callees: dict[int, ast.expr] = {}
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call):
+            callees |= {id(a): call.func for a in (*call.args, *(keyword.value for keyword in call.keywords))}
+    self_name = method.__code__.co_varnames[0]
+    names = [_attribute_called(callees.get(id(node)), self_name) for node in _bare_selves(method, tree)]
     return frozenset(names) if all(names) else every_name
-
-
-def _arguments(call: ast.Call) -> list[ast.expr]:
-    return [*call.args, *(keyword.value for keyword in call.keywords)]
 
 
 def _attribute_called(callee: ast.expr | None, self_name: str) -> str:
     """The name `a` where the callee is `self.a`, or an attribute or item of that; "" for other callees."""
     while isinstance(callee, ast.Attribute | ast.Subscript):
-        if isinstance(callee, ast.Attribute) and _is_name(callee.value, (self_name,)):
+        if isinstance(callee, ast.Attribute) and is_name(callee.value, (self_name,)):
             return callee.attr
         callee = callee.value
     return ""
@@ -171,10 +163,7 @@ def _object_inspects(kind: type, names: tuple[str, ...]) -> bool:
 def _inspects_class(function: types.FunctionType, is_classmethod: bool, first: int) -> bool:
     """Whether a function uses the class of an argument in a way that tells a subclass from the class.
 
-    Args:
-        function: the function.
-        is_classmethod: whether the first argument is the class itself.
-        first: the place of the first argument that counts.
+    The arguments from the place `first` on count; the first of a classmethod is the class itself.
     """
     code = function.__code__
     if function.__globals__ is _OF_STRINGS or not (is_classmethod or {"type", "__class__"} & names_in(code)):
@@ -200,15 +189,11 @@ class _ClassUses:
         # A name may be assigned from a name that a later line assigns, in a loop.
         for _ in assignments:
             for node in assignments:
-                known = (
-                    self._classes
-                    if self._is_class(node.value)
-                    else self._objects
-                    if self._is_object(node.value)
-                    else None
-                )
-                if known is not None:
-                    known.update(target.id for target in node.targets if isinstance(target, ast.Name))
+                names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+                if self._is_class(node.value):
+                    self._classes |= names
+                elif is_name(node.value, self._objects):
+                    self._objects |= names
 
     def found(self) -> Iterator[tuple[ast.AST, ast.AST]]:
         """The expressions, each after the node around."""
@@ -225,12 +210,12 @@ class _ClassUses:
             return all(isinstance(target, ast.Name) for target in parent.targets)
         if not isinstance(parent, ast.Call):
             return isinstance(parent, ast.FormattedValue)
-        if parent.func is child or _is_name(parent.func, ("str", "repr", "print")):
+        if parent.func is child or is_name(parent.func, ("str", "repr", "print")):
             return True
         is_first = bool(parent.args) and parent.args[0] is child
-        if is_first and _is_name(parent.func, ("getattr", "hasattr")):
+        if is_first and is_name(parent.func, ("getattr", "hasattr")):
             return not _NOT_INHERITED.intersection(self._texts(parent.args[1]))
-        return is_first and _is_name(parent.func, ("issubclass",))
+        return is_first and is_name(parent.func, ("issubclass",))
 
     def _texts(self, tree: ast.expr) -> set[str]:
         """The values that an expression may have: a constant, or an item of a global dict; else all names."""
@@ -240,19 +225,12 @@ class _ClassUses:
         values = items_of(table)
         return set(values) if values and all(has_type(value, str) for value in values) else set(_NOT_INHERITED)
 
-    def _is_object(self, node: ast.AST) -> bool:
-        return _is_name(node, self._objects)
-
     def _is_class(self, node: ast.AST) -> bool:
         """Whether a node is `type(name)` or `name.__class__` for an object's name, or the name of a class."""
         if isinstance(node, ast.Name):
             return node.id in self._classes and isinstance(node.ctx, ast.Load)
         if isinstance(node, ast.Attribute):
-            return node.attr == "__class__" and self._is_object(node.value)
-        if not isinstance(node, ast.Call) or not _is_name(node.func, ("type",)) or len(node.args) != 1:
+            return node.attr == "__class__" and is_name(node.value, self._objects)
+        if not isinstance(node, ast.Call) or not is_name(node.func, ("type",)) or len(node.args) != 1:
             return False
-        return self._is_object(node.args[0])
-
-
-def _is_name(node: ast.AST, names: Collection[str]) -> bool:
-    return isinstance(node, ast.Name) and node.id in names
+        return is_name(node.args[0], self._objects)

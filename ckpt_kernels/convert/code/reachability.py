@@ -8,15 +8,15 @@ import builtins
 import dis
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
+from torch.autograd import Function
 
 from ..native_guards import MISSING, Binding
 from .call_graph import belongs_to_torch
 from .code_objects import cell_value, has_type
-from .custom_autograd import METHODS, NAMES, is_plain_autograd_function
 from .dead_code import live_code
 from .settings import PLAIN_TYPES, Settings, as_setting, has_settings, is_constant, is_plain
 from .snapshots import CodeSnapshot, NotTriable
@@ -37,6 +37,14 @@ _ALLOWED = frozenset(
     relu6 rms_norm rsqrt shape sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type type_as
     unsqueeze var view weight""".split()
 )
+# The methods of a user's `autograd.Function`, both of which are read.
+_METHODS = ("forward", "backward")
+# The attributes of such a class: `_backward_cls` is torch's, all others but the methods are Python's.
+_ATTRIBUTES = frozenset(
+    (*_METHODS, "_backward_cls", "__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__")
+)
+# The names that its methods and callers may use: the forward passes nothing to the backward but saved tensors.
+_NAMES = frozenset(("apply", "save_for_backward", "saved_tensors"))
 
 
 def read_forward(
@@ -192,9 +200,9 @@ class CodeReader:
         if has_type(value, types.ModuleType):
             if value.__name__ != "math" and value.__name__.partition(".")[0] != "torch":
                 raise NotTriable(f"uses {value.__name__}")
-        elif self._gradients and has_type(value, type) and is_plain_autograd_function(value):
-            self._allowed_names |= NAMES
-            for method in METHODS:
+        elif self._gradients and has_type(value, type) and _is_plain_autograd_function(value):
+            self._allowed_names |= _NAMES
+            for method in _METHODS:
                 self.dependencies.append((value, method, getattr(value, method)))
                 self.read_function(getattr(value, method), own=True)
         elif has_type(value, type):
@@ -235,3 +243,15 @@ def is_torch_callable(function: Any) -> bool:
     named = getattr(function, "__module__", None) or getattr(getattr(function, "__self__", None), "__name__", "")
     is_original = not has_type(function, types.FunctionType) or belongs_to_torch(function)
     return callable(function) and is_original and str(named).partition(".")[0] in ("torch", "math")
+
+
+def _is_plain_autograd_function(kind: type) -> bool:
+    """Whether a class is a direct subclass of `autograd.Function` with only a static forward and backward."""
+    own = vars(kind)
+    is_plain = kind.__bases__ == (Function,) and own.keys() <= _ATTRIBUTES
+    return is_plain and all(isinstance(own.get(name), staticmethod) for name in _METHODS)
+
+
+def has_custom_gradient(dependencies: Iterable[Binding]) -> bool:
+    """Whether the dependencies of code include an `autograd.Function`."""
+    return any(has_type(holder, type) and issubclass(holder, Function) for holder, _, _ in dependencies)

@@ -6,7 +6,6 @@ attributes of imported Python modules. All other expressions are unknown.
 
 import ast
 import builtins
-import functools
 import importlib.util
 import sys
 import types
@@ -17,6 +16,7 @@ from torch import nn
 from ..attribute_loads import MISSING, load_attribute
 from .code_objects import cell_value, has_type
 from .memoization import memoized
+from .syntax_trees import is_name, stored_names
 
 UNKNOWN = object()
 
@@ -38,7 +38,7 @@ class Scope:
         self._module = module
         arguments = [*tree.args.posonlyargs, *tree.args.args]
         first = arguments[0].arg if arguments else ""
-        self.self_name = first if first in self.private_locals and first not in _stored(tree) else ""
+        self.self_name = first if first in self.private_locals and first not in stored_names(tree) else ""
         self._function = function
         self._tree = tree
 
@@ -57,7 +57,7 @@ class Scope:
 
         A `def` makes another object at each call, always with the same code.
         """
-        if not isinstance(tree, ast.Name) or tree.id not in self.private_locals:
+        if not is_name(tree, self.private_locals):
             return UNKNOWN
         bound = [node for node in ast.walk(self._tree) if _binds(node, tree.id)]
         if len(bound) != 1:
@@ -84,13 +84,6 @@ class Scope:
         if name in self._closure:
             return cell_value(self._closure[name], UNKNOWN)
         return self._globals.get(name, vars(builtins).get(name, UNKNOWN))
-
-
-@functools.lru_cache(maxsize=1024)
-def _stored(tree: ast.FunctionDef) -> frozenset[str]:
-    """The names that are bound or deleted in a function."""
-    names = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
-    return frozenset(name.id for name in names if not isinstance(name.ctx, ast.Load))
 
 
 @memoized

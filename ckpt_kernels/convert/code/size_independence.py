@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterator
 
 from .source import NoSource, definition_of
+from .syntax_trees import index_parts, is_name, keeps_dimensions
 
 # Allowed indices of a shape.
 _INDICES = (0, 1, 2, 3, -1, -2, -3, -4)
@@ -23,18 +24,15 @@ _STATEMENTS = (ast.Assign, ast.Expr, ast.If, ast.Pass, ast.Raise, ast.Return)
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 
 
-def is_size_independent(function: types.FunctionType) -> bool:
-    """Whether the function uses sizes only to bound slices of last dimensions and to shape views."""
+def is_size_independent(function: types.FunctionType, tree: ast.FunctionDef | None = None) -> bool:
+    """Whether the function uses sizes only to bound slices of last dimensions and to shape views.
+
+    `tree` is the source of a function that is in no file.
+    """
     try:
-        tree = definition_of(function).tree
+        return _SizeUses(tree or definition_of(function).tree).are_allowed()
     except NoSource:
         return False
-    return is_tree_size_independent(tree)
-
-
-def is_tree_size_independent(tree: ast.FunctionDef) -> bool:
-    """`is_size_independent` for the source of a function."""
-    return _SizeUses(tree).are_allowed()
 
 
 class _SizeUses:
@@ -88,7 +86,7 @@ class _SizeUses:
             if _number(test.comparators[0]) is None and not _is_none(test.comparators[0]):
                 return False
             test = test.left
-        return isinstance(test, ast.Name) and test.id in self._arguments and test.id not in self._values
+        return is_name(test, self._arguments) and test.id not in self._values
 
     def _size_nodes(self) -> Iterator[ast.AST]:
         """The nodes that read shapes and sizes, and those that read names bound to them."""
@@ -135,13 +133,13 @@ class _SizeUses:
             # Such as x.shape[-1] and x.shape[:-1].
             bounds = [index.lower, index.upper, index.step] if isinstance(index, ast.Slice) else [index]
             return all(bound is None or _number(bound) in _INDICES for bound in bounds)
-        parts = index.elts if isinstance(index, ast.Tuple) else [index]
+        parts = index_parts(node)
         if not parts:
             return False
         *before, last = parts
-        if not all(_is_ellipsis(part) or _is_none(part) or _is_full_slice(part) for part in before):
+        if not all(map(keeps_dimensions, before)):
             return False
-        if _is_ellipsis(last) or _is_none(last) or _is_full_slice(last):
+        if keeps_dimensions(last):
             return True
         is_last = any(map(_is_ellipsis, before)) or len([p for p in parts if not _is_none(p)]) == _MAX_DIMENSIONS
         return is_last and isinstance(last, ast.Slice) and self._is_allowed_slice(last)
@@ -195,7 +193,3 @@ def _is_ellipsis(tree: ast.expr) -> bool:
 
 def _is_none(tree: ast.expr) -> bool:
     return isinstance(tree, ast.Constant) and tree.value is None
-
-
-def _is_full_slice(tree: ast.expr) -> bool:
-    return isinstance(tree, ast.Slice) and tree.lower is None and tree.upper is None and tree.step is None

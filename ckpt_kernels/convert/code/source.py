@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from .code_objects import cell_value
 from .excerpts import excerpt_of, imported_names, likely_enclosing
+from .memoization import memoized
 
 _FUTURE = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -39,6 +40,7 @@ class Definition(NamedTuple):
     imports: tuple[ast.stmt, ...]
 
 
+@memoized
 def definition_of(function: types.FunctionType) -> Definition:
     """The `def` of a function, which compiles to the function's code. Raises `NoSource`."""
     code = function.__code__

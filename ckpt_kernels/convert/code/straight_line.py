@@ -1,10 +1,14 @@
 """Straight-line runs of statements: reaching definitions of their names, and liveness of the names afterwards."""
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
+
 from .evaluation_order import count_uses, first_use, loaded_names
+from .scope import Scope
+from .syntax_trees import is_name
 
 # Nodes whose insides are not analysed, as they run elsewhere, later, or not at all. A run contains none of them.
 OPAQUE = (
@@ -19,6 +23,8 @@ OPAQUE = (
     ast.YieldFrom,
     ast.JoinedStr,
 )
+# As it was when this package was imported: a user may patch it later.
+CHUNK = torch.chunk
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # The largest number of statements in a run.
 _MAX_LENGTH = 8
@@ -77,40 +83,26 @@ def blocks(function: ast.FunctionDef) -> Iterator[Block]:
                     waiting.append(Block(statement.orelse, False, in_with, block.in_loop))
 
 
-def runs_ending_at(
-    function: ast.FunctionDef,
-    block: Block,
-    end: int,
-    private_locals: frozenset[str],
-    is_chunk: Callable[[ast.expr], bool],
-) -> Iterator[Run]:
+def runs_ending_at(function: ast.FunctionDef, block: Block, end: int, scope: Scope) -> Iterator[Run]:
     """The runs of two and more statements that end at a statement of a block, longer ones first.
 
-    All statements of a run but the last only bind names that are read in the run and dead after the run: one of the
-    `private_locals` to a value, or two to the halves of a tensor. `is_chunk` tells whether an expression stands for
-    `torch.chunk`.
+    All statements of a run but the last only bind private local names that are read in the run and dead after the run:
+    one to a value, or two to the halves of a tensor.
     """
     for begin in range(max(0, end - _MAX_LENGTH + 1), end):
-        run = _run_between(function, block, begin, end, private_locals, is_chunk)
+        run = _run_between(function, block, begin, end, scope)
         if run is not None:
             yield run
 
 
-def _run_between(
-    function: ast.FunctionDef,
-    block: Block,
-    begin: int,
-    end: int,
-    private_locals: frozenset[str],
-    is_chunk: Callable[[ast.expr], bool],
-) -> Run | None:
+def _run_between(function: ast.FunctionDef, block: Block, begin: int, end: int, scope: Scope) -> Run | None:
     """The run from `begin` to `end`, None if the statements are no run."""
     read: set[int] = set()
     bindings: dict[int, Binding] = {}
     current: dict[str, tuple[int, Binding]] = {}
     count = 0
-    bound = [dict(_bindings(statement, is_chunk)) for statement in block.statements[begin:end]]
-    if not all(names and names.keys() <= private_locals for names in bound):
+    bound = [dict(_bindings(statement, scope)) for statement in block.statements[begin:end]]
+    if not all(names and names.keys() <= scope.private_locals for names in bound):
         return None
     for index, statement in enumerate(block.statements[begin : end + 1]):
         if any(isinstance(node, (*OPAQUE, *_DEFINITIONS)) for node in ast.walk(statement)):
@@ -129,45 +121,48 @@ def _run_between(
     return Run(begin, end, bindings)
 
 
-def _bindings(statement: ast.stmt, is_chunk: Callable[[ast.expr], bool]) -> Iterator[tuple[str, Binding]]:
+def _bindings(statement: ast.stmt, scope: Scope) -> Iterator[tuple[str, Binding]]:
     """The names that an assignment binds, with their bindings."""
-    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+    if not isinstance(statement, ast.Assign) or not (names := bound_names(statement)):
         return
+    if len(names) == 1:
+        yield names[0], statement.value
+    else:
+        yield from zip(names, _halves(statement.value, scope), strict=False)
+
+
+def bound_names(statement: ast.stmt) -> list[str]:
+    """The names that an assignment binds: one, or two to the items of a pair; [] for other statements."""
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return []
     target = statement.targets[0]
-    if isinstance(target, ast.Name):
-        yield target.id, statement.value
-    elif isinstance(target, ast.Tuple) and len(target.elts) == 2:
-        chunked = chunked_in_two(statement.value, is_chunk)
-        names = [name.id for name in target.elts if isinstance(name, ast.Name)]
-        if chunked is not None and len(set(names)) == 2:
-            tensor, function, dim = chunked
-            yield from ((name, Half(tensor, index, function, dim)) for index, name in enumerate(names))
+    parts = target.elts if isinstance(target, ast.Tuple) and len(target.elts) == 2 else [target]
+    names = [part.id for part in parts if isinstance(part, ast.Name)]
+    return names if len(set(names)) == len(parts) else []
 
 
-def chunked_in_two(
-    tree: ast.expr, is_chunk: Callable[[ast.expr], bool]
-) -> tuple[ast.expr, ast.expr | None, int] | None:
-    """(x, function, dim) of `x.chunk(2, dim)`, where the function is None, or `torch.chunk(x, 2, dim)`.
+def _halves(tree: ast.expr, scope: Scope) -> tuple[Half, ...]:
+    """The halves of x in `x.chunk(2, dim)` or `torch.chunk(x, 2, dim)`; () for any other expression.
 
     `dim` is written as -1 or as a number that may be the last dimension's.
     """
     if not isinstance(tree, ast.Call):
-        return None
-    function = tree.func if is_chunk(tree.func) else None
+        return ()
+    function = tree.func if scope.value(tree.func) is CHUNK else None
     if function is not None:
         arguments = [*tree.args]
     elif isinstance(tree.func, ast.Attribute) and tree.func.attr == "chunk":
         arguments = [tree.func.value, *tree.args]
     else:
-        return None
+        return ()
     named = dict(zip(("input", "chunks", "dim"), arguments, strict=False))
     named |= {keyword.arg or "**": keyword.value for keyword in tree.keywords}
     if named.keys() != {"input", "chunks", "dim"} or isinstance(named["input"], ast.Starred):
-        return None
+        return ()
     chunks, dim = (ast.unparse(named[name]) for name in ("chunks", "dim"))
     if len(arguments) + len(tree.keywords) != 3 or chunks != "2" or not (dim == "-1" or dim.isdecimal()):
-        return None
-    return named["input"], function, int(dim)
+        return ()
+    return tuple(Half(named["input"], number, function, int(dim)) for number in (0, 1))
 
 
 def is_dead(name: str, function: ast.FunctionDef, block: Block, begin: int, end: int) -> bool:
@@ -181,7 +176,7 @@ def is_dead(name: str, function: ast.FunctionDef, block: Block, begin: int, end:
     if block.in_with:
         return False
     last = block.statements[end]
-    if isinstance(last, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in last.targets):
+    if isinstance(last, ast.Assign) and any(is_name(target, (name,)) for target in last.targets):
         return True
     for statement in block.statements[end + 1 :]:
         use = first_use(statement, name)

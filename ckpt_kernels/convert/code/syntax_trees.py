@@ -2,8 +2,9 @@
 
 import ast
 import copy
-from collections.abc import Iterator, Mapping
-from typing import Any
+import functools
+from collections.abc import Container, Iterator, Mapping
+from typing import Any, TypeGuard
 
 
 def at(location: ast.AST, tree: ast.expr) -> ast.expr:
@@ -41,17 +42,46 @@ def expressions_in(tree: ast.AST) -> Iterator[ast.expr]:
             yield node
 
 
+def is_name(tree: ast.AST, names: Container[str]) -> TypeGuard[ast.Name]:
+    """Whether a node is one of these names."""
+    return isinstance(tree, ast.Name) and tree.id in names
+
+
+def root_name(tree: ast.AST) -> str:
+    """The name that a chain of attributes, subscripts and calls begins with, or ""."""
+    while isinstance(tree, ast.Attribute | ast.Subscript | ast.Call):
+        tree = tree.func if isinstance(tree, ast.Call) else tree.value
+    return tree.id if isinstance(tree, ast.Name) else ""
+
+
+@functools.lru_cache(maxsize=1024)
+def stored_names(tree: ast.FunctionDef) -> frozenset[str]:
+    """The names that are bound or deleted in a function."""
+    names = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+    return frozenset(name.id for name in names if not isinstance(name.ctx, ast.Load))
+
+
+def index_parts(tree: ast.Subscript) -> list[ast.expr]:
+    """The parts of an index: one for each item of a tuple."""
+    return tree.slice.elts if isinstance(tree.slice, ast.Tuple) else [tree.slice]
+
+
+def keeps_dimensions(index: ast.AST) -> bool:
+    """Whether an index is None, `:` or `...`, which make a view of all of a tensor."""
+    if isinstance(index, ast.Slice):
+        return index.lower is index.upper is index.step is None
+    return isinstance(index, ast.Constant) and index.value in (None, ...)
+
+
 def assigns(statement: ast.stmt, name: str) -> bool:
     """Whether a statement is `name = ...`."""
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         return False
-    target = statement.targets[0]
-    return isinstance(target, ast.Name) and target.id == name
+    return is_name(statement.targets[0], (name,))
 
 
 def copies(statement: ast.stmt, name: str) -> bool:
     """Whether a statement only copies a name to other names: `other = name`."""
-    if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Name):
+    if not isinstance(statement, ast.Assign) or not is_name(statement.value, (name,)):
         return False
-    targets = [target.id for target in statement.targets if isinstance(target, ast.Name)]
-    return statement.value.id == name and len(targets) == len(statement.targets) and name not in targets
+    return all(isinstance(target, ast.Name) and target.id != name for target in statement.targets)

@@ -13,6 +13,7 @@ from .code_objects import cell_value, has_type
 from .frames import why_not_rewritten
 from .scope import Scope
 from .source import NoSource, definition_of
+from .syntax_trees import is_name
 
 # Attributes that a copy of a function has in common with the function. Arguments come first in `co_varnames`.
 _IN_COMMON = frozenset(
@@ -52,7 +53,7 @@ def check_wrapper(wrapper: types.FunctionType, wrapped: types.FunctionType) -> N
             owner = node.value.value if isinstance(node.value, ast.Attribute) else node.value
             if ast.unparse(node).removeprefix(f"{ast.unparse(owner)}.") in _IN_COMMON:
                 allowed.add(id(owner))
-    uses = [id(node) for node in nodes if isinstance(node, ast.Name) and node.id in names | aliases]
+    uses = [id(node) for node in nodes if is_name(node, names | aliases)]
     if why_not_rewritten(wrapper) or not allowed.issuperset((*uses, *handed_back)):
         raise NoSource(f"a decorator of {wrapped.__name__} uses the function for more than calling it")
 
@@ -64,9 +65,7 @@ def _returns_argument(call: ast.Call, names: Collection[str], scope: Scope) -> b
     """
     if call.keywords or not isinstance(call.func, ast.Attribute):
         return False
-    places = [
-        place for place, argument in enumerate(call.args) if isinstance(argument, ast.Name) and argument.id in names
-    ]
+    places = [place for place, argument in enumerate(call.args) if is_name(argument, names)]
     if len(places) != 1 or any(isinstance(argument, ast.Starred) for argument in call.args):
         return False
     if _is_default_of_get(call, names):
@@ -79,7 +78,7 @@ def _returns_argument(call: ast.Call, names: Collection[str], scope: Scope) -> b
 def _is_default_of_get(tree: ast.AST | None, names: Collection[str]) -> bool:
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Attribute) or tree.func.attr != "get":
         return False
-    return len(tree.args) == 2 and isinstance(tree.args[1], ast.Name) and tree.args[1].id in names
+    return len(tree.args) == 2 and is_name(tree.args[1], names)
 
 
 def _returns_parameter(method: types.FunctionType, place: int) -> bool:
@@ -88,5 +87,5 @@ def _returns_parameter(method: types.FunctionType, place: int) -> bool:
     body = definition_of(method).tree.body
     nodes = [node for statement in body for node in ast.walk(statement)]
     returned = [n.value for n in nodes if isinstance(n, ast.Return) and _is_default_of_get(n.value, names)]
-    uses = [node for node in nodes if isinstance(node, ast.Name) and node.id in names]
+    uses = [node for node in nodes if is_name(node, names)]
     return bool(names) and len(uses) == len(returned) > 0 and not why_not_rewritten(method)

@@ -13,6 +13,7 @@ from typing import Any
 from .call_graph import belongs_to_torch
 from .code_objects import has_type
 from .scope import Scope
+from .syntax_trees import is_name, root_name
 
 _ON_FLOATS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)
 _DISPLAYS = (ast.List, ast.Dict, ast.Tuple, ast.ListComp, ast.DictComp)
@@ -30,23 +31,23 @@ def written_names(function: ast.FunctionDef, scope: Scope) -> Iterator[str]:
     for node in ast.walk(function):
         if isinstance(node, ast.AugAssign):
             # `+=` may extend a list or a string.
-            grows = isinstance(node.value, ast.Tuple | ast.List | ast.JoinedStr) or _name(node.target) in containers
+            grows = isinstance(node.value, ast.Tuple | ast.List | ast.JoinedStr) or is_name(node.target, containers)
             if isinstance(node.op, _ON_FLOATS) and not grows:
-                yield _root(node.target)
+                yield root_name(node.target)
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
             # String keys are those of dicts. Targets of augmented assignments are reported above as well.
             is_key = isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)
-            if not is_key and _name(node.value) not in containers:
-                yield _root(node)
+            if not is_key and not is_name(node.value, containers):
+                yield root_name(node)
         elif isinstance(node, ast.Attribute) and _is_in_place(node.attr):
-            yield _root(node)
+            yield root_name(node)
         elif isinstance(node, ast.Call):
             yield from _written_by_call(node, scope)
 
 
 def _written_by_call(call: ast.Call, scope: Scope) -> Iterator[str]:
     called = getattr(call.func, "attr", getattr(call.func, "id", ""))
-    first = _root(call.args[0]) if call.args else ""
+    first = root_name(call.args[0]) if call.args else ""
     if called in _BY_NAME:
         names = call.args[called == "getattr" :]
         # A module may compute the names of its own attributes.
@@ -63,7 +64,7 @@ def _written_by_call(call: ast.Call, scope: Scope) -> Iterator[str]:
         yield first
     for keyword in call.keywords:
         if keyword.arg == "out":
-            yield _root(keyword.value)
+            yield root_name(keyword.value)
         elif keyword.arg == "inplace" and getattr(keyword.value, "value", True):
             yield first
 
@@ -89,39 +90,20 @@ def _is_in_place(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or plain in _IN_PLACE
 
 
-def _name(tree: ast.expr) -> str:
-    return tree.id if isinstance(tree, ast.Name) else ""
-
-
-def _root(tree: ast.AST) -> str:
-    """The name that a chain of attributes, subscripts and calls begins with, or ""."""
-    while isinstance(tree, ast.Attribute | ast.Subscript | ast.Call):
-        tree = tree.func if isinstance(tree, ast.Call) else tree.value
-    return tree.id if isinstance(tree, ast.Name) else ""
-
-
-def _values(function: ast.FunctionDef) -> dict[str, list[ast.expr | None]]:
-    """The expressions that each local name is assigned; None for unknown values, as of arguments and in loops."""
-    values: dict[str, list[ast.expr | None]] = {}
-    assigned: dict[int, ast.expr] = {}
-    for node in ast.walk(function):
-        if isinstance(node, ast.Assign):
-            assigned.update((id(target), node.value) for target in node.targets)
-        elif isinstance(node, ast.AnnAssign | ast.AugAssign) and node.value is not None:
-            assigned[id(node.target)] = node.value
-        elif isinstance(node, ast.arg):
-            values.setdefault(node.arg, []).append(None)
-    # An annotation without a value binds nothing.
-    bare = {id(n.target) for n in ast.walk(function) if isinstance(n, ast.AnnAssign) and n.value is None}
-    for node in ast.walk(function):
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load) and id(node) not in bare:
-            values.setdefault(node.id, []).append(assigned.get(id(node)))
-    return values
-
-
 def _containers(function: ast.FunctionDef) -> set[str]:
     """Names that are only ever bound to lists, tuples and dicts that the function makes.
 
     The items may be anything, but setting an item writes to no tensor.
     """
-    return {name for name, values in _values(function).items() if all(isinstance(v, _DISPLAYS) for v in values)}
+    nodes = list(ast.walk(function))
+    made: set[int] = set()
+    unbound: set[int] = set()
+    for node in nodes:
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = map(id, node.targets if isinstance(node, ast.Assign) else [node.target])
+            # An annotation without a value binds nothing.
+            unbound.update(targets if node.value is None else ())
+            made.update(targets if isinstance(node.value, _DISPLAYS) else ())
+    stored = [n for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load) and id(n) not in unbound]
+    others = {n.id for n in stored if id(n) not in made} | {n.arg for n in nodes if isinstance(n, ast.arg)}
+    return {n.id for n in stored} - others

@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from ..code.call_graph import belongs_to_torch
+from ..native_guards import are_same
 from ..swap import is_plain_method
-from ..wrappers import MethodSnapshot
+from ..wrappers import method_bindings
 
 _NOT_OBJECTS = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
@@ -29,9 +30,10 @@ def method_called(value: Any) -> types.FunctionType | None:
 
 def replacing_call(method: types.FunctionType, replacement: Callable[..., Any]) -> Callable[[Any], Any]:
     """A function that maps an object whose class has the method to `replacement`, and any other callee to itself."""
-    original = MethodSnapshot.of(method)
+    _, *of_method = method_bindings(object, "__call__", method)
 
     def replace(called: Any) -> Any:
-        return functools.partial(replacement, called) if original.is_at(type(called), "__call__") else called
+        is_original = are_same(((type(called), "__call__", method), *of_method))
+        return functools.partial(replacement, called) if is_original else called
 
     return replace

@@ -21,7 +21,7 @@ from ..rules.in_place import out_of_place, writes_over
 from ..rules.norms import Norm, RowNorm
 from .aliases import are_views_of_one_base
 from .guards import are_chained, have_same_shape_dtype_device, is_per_sample, level_for_weights, share_gradient_need
-from .templates import Results, pattern
+from .templates import Pattern, Results, pattern
 
 # The weight and bias of a linear layer.
 Linear = tuple[Tensor, Tensor | None]
@@ -202,19 +202,5 @@ def formula(input: Tensor, activation: str) -> Results | None:
     return [F.bias_act(input, activation=activation)]
 
 
-# Larger patterns first.
-PATTERNS = (
-    gated_mlp,
-    packed_mlp,
-    mlp,
-    modulated,
-    norm_act,
-    add_norm,
-    packed_glu,
-    gated_products,
-    glu,
-    act_drop,
-    written_over,
-    scaled_square,
-    formula,
-)
+# As they are defined above: larger patterns first.
+PATTERNS = tuple(value for value in list(vars().values()) if isinstance(value, Pattern))

@@ -14,7 +14,7 @@ from torch import nn
 from ..code.memoization import memoized
 from ..code.scope import Scope
 from ..code.source import definition_of
-from ..code.straight_line import OPAQUE, Block, blocks, is_dead
+from ..code.straight_line import OPAQUE, Block, blocks, bound_names, is_dead
 from ..rules.gates import TriedGate, clamps_or_casts, gate_of_method, outline_of_method
 from .roles import GATE_RUN, Role, Roles
 
@@ -34,11 +34,8 @@ class GateRun(NamedTuple):
     text: str
 
 
-class RunMethod(NamedTuple):
-    """A run as a method, with its source."""
-
-    method: types.FunctionType
-    tree: ast.FunctionDef
+# A run as a method, with its source.
+RunMethod = tuple[types.FunctionType, ast.FunctionDef]
 
 
 def gate_runs(function: ast.FunctionDef, block: Block, scope: Scope) -> Iterator[GateRun]:
@@ -56,12 +53,14 @@ def _run_between(function: ast.FunctionDef, block: Block, begin: int, end: int, 
     later."""
     *run, last = block.statements[begin : end + 1]
     result = _result_of(last)
-    if result is None or not scope.self_name or _has_opaque(run) or _has_opaque([last]):
+    if result is None or not scope.self_name:
+        return None
+    if any(isinstance(node, OPAQUE) for statement in (*run, last) for node in ast.walk(statement)):
         return None
     bound: set[str] = set()
     free: set[str] = set()
     for statement in run:
-        names = _bound_names(statement)
+        names = bound_names(statement)
         if not isinstance(statement, ast.Assign) or not names:
             return None
         free |= _loaded(statement.value, scope) - bound
@@ -83,26 +82,12 @@ def _result_of(statement: ast.stmt) -> ast.expr | None:
     """The value that a statement returns or binds to one name; None for other statements."""
     if isinstance(statement, ast.Return):
         return statement.value
-    return statement.value if isinstance(statement, ast.Assign) and len(_bound_names(statement)) == 1 else None
-
-
-def _has_opaque(statements: list[ast.stmt]) -> bool:
-    return any(isinstance(node, OPAQUE) for statement in statements for node in ast.walk(statement))
+    return statement.value if isinstance(statement, ast.Assign) and len(bound_names(statement)) == 1 else None
 
 
 def _loaded(tree: ast.expr, scope: Scope) -> set[str]:
     """The local names in an expression."""
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & scope.locals
-
-
-def _bound_names(statement: ast.stmt) -> list[str]:
-    """The names that an assignment binds: one, or two to the items of a pair; [] for other statements."""
-    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-        return []
-    target = statement.targets[0]
-    parts = target.elts if isinstance(target, ast.Tuple) and len(target.elts) == 2 else [target]
-    names = [part.id for part in parts if isinstance(part, ast.Name)]
-    return names if len(set(names)) == len(parts) else []
 
 
 @memoized
@@ -122,17 +107,13 @@ def _run_method(function: types.FunctionType, text: str) -> RunMethod:
     method = types.FunctionType(code, function.__globals__)
     # `memoized` decides by these names.
     method.__module__, method.__qualname__ = function.__module__, f"{function.__qualname__}.run"
-    return RunMethod(method, module.body[0])
+    return method, module.body[0]
 
 
 def gate_run_roles(module: nn.Module, function: types.FunctionType) -> dict[str, Role]:
     """The roles of the runs that are gates, by their text."""
-    roles = {}
-    for text, (method, tree) in _run_methods(function).items():
-        outline = outline_of_method(module, method, tree)
-        if outline is not None:
-            roles[text] = Role(GATE_RUN, values=(type(module), outline))
-    return roles
+    outlines = {text: outline_of_method(module, *run) for text, run in _run_methods(function).items()}
+    return {text: Role(GATE_RUN, values=(type(module), o)) for text, o in outlines.items() if o is not None}
 
 
 def gate_of_run(function: types.FunctionType, run: GateRun, roles: Roles) -> TriedGate | None:

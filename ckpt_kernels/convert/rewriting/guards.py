@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ...autocast import is_autocast
 from ..attribute_loads import LOADS_PLAINLY, only_instances_define
-from ..code.call_graph import is_unpatched
 from ..native_guards import ModuleGuard, linear_parameters_natively
 from ..operands import (
     CALLS_FORWARD,
+    FORWARDS,
     HOOKS,
     class_calls_forward,
     is_called_plainly,
@@ -28,12 +28,11 @@ from ..rules.norms import Norm
 from ..swap import original_of, rule_in_force
 
 _F_DROPOUT = nn.functional.dropout
-CHUNK = torch.chunk
 _DICTS = (dict, OrderedDict)
 _CONV1D = "transformers.pytorch_utils"
-_FORWARD, _DROPOUT = nn.Linear.forward, nn.Dropout.forward
-# None, which no code object is, if torch's forward was patched before this module was imported.
-_CODE, _DROPOUT_CODE = (f.__code__ if is_unpatched(f) else None for f in (_FORWARD, _DROPOUT))
+# None, which no code object is, if torch's forward was patched before this package was imported.
+_FORWARD, _CODE = FORWARDS.get(nn.Linear, (nn.Linear.forward, None))
+_DROPOUT, _DROPOUT_CODE = FORWARDS.get(nn.Dropout, (nn.Dropout.forward, None))
 # All that `linear_operands` checks for most layers.
 LINEAR = ModuleGuard(
     nn.Linear,
@@ -132,10 +131,11 @@ def share_gradient_need(input: Tensor, *linears: tuple[Tensor, Tensor | None]) -
 
 
 def level_for_weights(recompute: str, *linears: tuple[Tensor, Tensor | None]) -> str:
-    """The level, with "output" for "all" if a weight is frozen: eager torch then does not save the layer's input."""
-    if recompute != "all":
+    """The level, with "output" for "all" if a weight is frozen and the linear layers' input is larger than the products
+    that run again: eager torch does not save the input of a frozen layer."""
+    if recompute != "all" or all(weight.requires_grad for weight, _ in linears):
         return recompute
-    return "all" if all(weight.requires_grad for weight, _ in linears) else "output"
+    return "all" if linears[0][0].shape[1] <= sum(weight.shape[0] for weight, _ in linears) else "output"
 
 
 def are_chained(input: Tensor, firsts: tuple, lasts: tuple, parts: int = 1) -> bool:

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..code.straight_line import Binding, Half, Run
+from ..code.syntax_trees import index_parts, keeps_dimensions
 from ..rules.pointwise import KEPT_BY_OUTPUT
+from .formulas import formula_of
 from .fused_patterns import PATTERNS
 from .reader import Match, Operand, Reader, match_of
 from .roles import ADAPTED, Role
@@ -20,7 +22,7 @@ class Attempt:
     """An attempt to match an expression with one spelling of a pattern.
 
     `substituted` are the ids of the nodes of names that bindings replaced, `options` the constant arguments of the
-    fused call, `act` the role of the activation, and `activation` the name of an activation that is a formula.
+    fused call, and `act` the role of the activation.
     """
 
     def __init__(self, reader: Reader, run: Run | None) -> None:
@@ -30,7 +32,6 @@ class Attempt:
         self.operands: list[Operand] = []
         self.options: dict[str, Any] = {}
         self.act = Role()
-        self.activation: str | None = None
         self._halves: dict[str, Half] = {}
 
     def fits(self, tree: Binding, template: Any) -> bool:
@@ -80,7 +81,7 @@ class Attempt:
             return True
         if not isinstance(tree, ast.Name) or not isinstance(before, ast.Name):
             return False
-        return tree.id == before.id and tree.id in self.reader.private_locals
+        return tree.id == before.id and tree.id in self.reader.scope.private_locals
 
     def _call_argument(self, tree: Binding, name: str) -> Binding | None:
         """The argument of a call whose callee has the role that a template calls `name`, and becomes an operand."""
@@ -99,17 +100,17 @@ class Attempt:
             return None
         # A name may be the value, or its binding may be a part of the formula.
         for bindings in ({}, self.bindings) if self.bindings else ({},):
-            formula = self.reader.formula(tree, bindings)
+            formula = formula_of(tree, self.reader.scope, bindings)
             if formula is None or not self._are_same_value(formula.values):
                 continue
             role = self.reader.roles.get(formula.text, Role())
-            if role.kind != "act":
+            if role.kind != "formula":
                 continue
             if any(self._is_used(self.bindings[number]) for number in formula.names):
                 return None
             self.substituted |= formula.names
             self.operands += [Operand(f"f{i}", function) for i, function in enumerate(formula.functions)]
-            self.act, self.activation = role, role.name
+            self.act = role
             return self._resolved(*formula.values)
         return None
 
@@ -172,9 +173,9 @@ class Attempt:
     def _view_fits(self, tree: Binding, name: str) -> bool:
         """Whether an expression views a local name, which becomes the operand, with the view among the options."""
         base = tree
-        while isinstance(base, ast.Subscript) and _is_view(base.slice):
+        while isinstance(base, ast.Subscript) and all(map(keeps_dimensions, index_parts(base))):
             base = base.value
-        if isinstance(tree, Half) or not isinstance(base, ast.Name) or base.id not in self.reader.private_locals:
+        if isinstance(tree, Half) or not isinstance(base, ast.Name) or base.id not in self.reader.scope.private_locals:
             return False
         self.operands.append(Operand(name, base))
         self.options[f"{name}_view"] = eval(f"lambda {base.id}: {ast.unparse(tree)}")
@@ -209,13 +210,3 @@ def attempts(
             yield attempt
         elif attempt.gates_views(pattern):
             yield attempt
-
-
-def _is_view(index: ast.AST) -> bool:
-    """Whether an index has only None, `:` and `...`, which make a view of a tensor of any shape."""
-    parts = index.elts if isinstance(index, ast.Tuple) else [index]
-    return all(
-        (isinstance(part, ast.Constant) and part.value in (None, ...))
-        or (isinstance(part, ast.Slice) and part.lower is part.upper is part.step is None)
-        for part in parts
-    )

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ...activations import FUNCTIONS as ACTIVATIONS
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS as FORMULAS
-from ..adapters import is_adapter
-from ..biased_linears import adds_bias
+from ..adapters import adds_bias, is_adapter
 from ..code.code_objects import has_type
 from ..code.frames import why_not_rewritten
 from ..code.memoization import memoized
@@ -36,14 +35,11 @@ from ..swap import is_plain_method
 from .callable_objects import method_called
 from .formulas import VALUE, Formula, formula_of
 from .gate_runs import gate_run_roles
-from .guards import CHUNK
 from .note_reasons import ADAPTER, BIASED, noted_roles
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
-from .rewrite import Rewritten, rewritten_method
-from .roles import GATE, Role, may_match_any, role_of
+from .rewrite import rewritten_method
+from .roles import GATE, MethodRoles, Role, may_match_any, role_of
 
-# The roles of the loads in one method, by their source text.
-MethodRoles = tuple[tuple[str, Role], ...]
 _NORMS = frozenset(norm.__name__ for norm in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm))
 
 
@@ -65,15 +61,14 @@ class RewrittenMethods(Rule):
         return not _NORMS.isdisjoint(self.descriptions)
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
-        methods = {}
+        methods = {name: getattr(original, name) for name in self.names}
         for name, roles in self.roles:
-            methods[name] = getattr(original, name)
-            if (outline := _gate_in(roles)) is not None:
-                gate = gate_of_method(original, methods[name], outline)
+            if (role := dict(roles).get("", Role())).kind == GATE:
+                gate = gate_of_method(original, methods[name], GateOutline(*role.values))
                 methods[name] = methods[name] if gate is None else gated(gate, methods[name])
                 continue
             with contextlib.suppress(NoSource):  # an unpickled module may have no source here
-                if (rewritten := _rewritten(methods[name], roles, self.recompute)) is not None:
+                if (rewritten := rewritten_method(methods[name], roles, self.recompute)) is not None:
                     methods[name] = rewritten.function
         return methods
 
@@ -124,25 +119,19 @@ def _rule(
                 reason = reason or why_not
             elif is_candidate:
                 roles = roles_in(function)
-                rewritten = _rewritten(method, roles, recompute) if may_match_any(roles, recompute) else None
+                rewritten = rewritten_method(method, roles, recompute) if may_match_any(roles, recompute) else None
         except NoSource as error:
             reason = str(error)
         is_fused = rewritten is not None and rewritten.fuses and not clamps_or_casts(method)
         outline = outline_of_method(module, method) if tries_gates and not is_fused else None
         if outline is not None:
-            roles = (("", Role(GATE, values=outline)),)
-            method_roles.append((name, roles))
+            method_roles.append((name, (("", Role(GATE, values=outline)),)))
             descriptions.append(str(gate_of_method(type(module), method, outline)))
         elif rewritten is not None:
             method_roles.append((name, roles))
             descriptions += rewritten.descriptions
     rule = RewrittenMethods(tuple(method_roles), recompute, tuple(descriptions)) if method_roles else None
     return rule, reason
-
-
-def _gate_in(roles: MethodRoles) -> GateOutline | None:
-    """The outline of a method that is a gate; None for other methods."""
-    return next((GateOutline(*role.values) for _, role in roles if role.kind == GATE), None)
 
 
 def functions_in(module: nn.Module) -> Iterator[types.FunctionType]:
@@ -178,26 +167,21 @@ _METHODS = {"erf", "square", "chunk", "clamp"}.union(
 )
 
 
-@memoized
-def _rewritten(method: types.FunctionType, roles: MethodRoles, recompute: str) -> Rewritten | None:
-    return rewritten_method(method, dict(roles), recompute)
-
-
 def _roles(
     module: nn.Module | None, function: types.FunctionType, may_touch: Callable[[nn.Module], bool]
 ) -> MethodRoles:
     """The roles of the loads and formulas in a function, whose first argument is the module unless that is None."""
     loads, formulas = _read(function)
-    scope = Scope(function, _tree(function), module)
+    tree = definition_of(function).tree
+    scope, plain = Scope(function, tree, module), Scope(function, tree)
     roles = {}
-    for text, tree in loads:
-        value = scope.value(tree)
+    for text, load in loads:
+        value = scope.value(load)
         if value is not UNKNOWN:
             method = method_called(value)
             roles[text] = role_of(value, may_touch) if method is None else _object_role(method, may_touch)
     for name in _local_rotations(function):
         roles[name] = Role("local replacement")
-    plain = Scope(function, _tree(function))
     for text, functions in formulas:
         names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)} - {VALUE}
         values = tuple((name, plain.value(ast.Name(name, ast.Load()))) for name in sorted(names))
@@ -222,21 +206,17 @@ def _object_role(method: types.FunctionType, may_touch: Callable[[nn.Module], bo
 @memoized
 def _local_rotations(function: types.FunctionType) -> list[str]:
     """The local names of nested or imported functions that the function calls and that are rotations."""
-    scope = Scope(function, _tree(function))
-    calls = [node for node in ast.walk(_tree(function)) if isinstance(node, ast.Call)]
+    tree = definition_of(function).tree
+    scope = Scope(function, tree)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     callees = {call.func.id: call.func for call in calls if isinstance(call.func, ast.Name)}
     return [name for name, tree in callees.items() if is_rotation(scope.local_function(tree))]
 
 
 @memoized
-def _tree(function: types.FunctionType) -> ast.FunctionDef:
-    return definition_of(function).tree
-
-
-@memoized
 def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], list[tuple[str, list[ast.expr]]]]:
     """The loads in a function's body by their text, and the formulas with the functions and numbers in each."""
-    tree = _tree(function)
+    tree = definition_of(function).tree
     scope = Scope(function, tree)
     loads: dict[str, ast.expr] = {}
     formulas: dict[str, list[ast.expr]] = {}
@@ -256,13 +236,9 @@ def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], lis
 
 def _runs(tree: ast.FunctionDef, scope: Scope) -> Iterator[tuple[Run, ast.stmt]]:
     """The runs of statements in a function, and the last statement of each."""
-
-    def is_chunk(function: ast.expr) -> bool:
-        return scope.value(function) is CHUNK
-
     for block in blocks(tree):
         for end, last in enumerate(block.statements):
-            for run in runs_ending_at(tree, block, end, scope.private_locals, is_chunk):
+            for run in runs_ending_at(tree, block, end, scope):
                 yield run, last
 
 
@@ -275,7 +251,7 @@ def _formulas(node: ast.AST, scope: Scope, bindings: Mapping[int, Binding]) -> l
 @memoized
 @in_own_thread
 def _formula_role(text: str, values: tuple[tuple[str, Any], ...], functions: tuple[Any, ...]) -> Role:
-    """The role of a formula, an activation if the formula computes one, with these values of the names in the text."""
+    """The role of a formula that computes an activation, with these values of the names in the text."""
     code = compile(text, "<formula>", "eval")
 
     def compute(points: Tensor) -> Any:
@@ -288,6 +264,6 @@ def _formula_role(text: str, values: tuple[tuple[str, Any], ...], functions: tup
             results = compute(points.clone())
         close = (torch.allclose(results, FORMULAS[name](points), rtol=1e-6, atol=1e-6) for name in NAMES)
         name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else TrialResult()
-        return Role() if name is None else Role("act", name, not keeps_input, functions, is_exact)
+        return Role() if name is None else Role("formula", name, not keeps_input, functions, is_exact)
     except Exception:  # a formula that raises, whatever the exception, is no activation
         return Role()

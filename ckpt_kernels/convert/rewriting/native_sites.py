@@ -37,7 +37,7 @@ def native_site(match: Match, owner: str, options: dict[str, Any]) -> tuple[Nati
 
     The name `owner` of the module stands for all operands that are attributes of the module.
     """
-    if match.captured or match.attempt.activation is not None or match.attempt.act.values:
+    if match.captured or match.attempt.act.kind == "formula" or match.attempt.act.values:
         return None
     operands = {operand.name: operand.tree for operand in match.operands}
     attributes = {name: attribute for name, tree in operands.items() if (attribute := _attribute(tree, owner))}

@@ -41,8 +41,8 @@ def noted_cast(value: Any, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
-def noted_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """A function that maps `function` to a version that makes a note, and any other callee to itself."""
+def noted_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with a note of the tensors that it reads."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         output = function(*args, **kwargs)
@@ -50,4 +50,4 @@ def noted_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
             note(output, *(args[0] if type(args[0]) in (tuple, list) else args[:1]))
         return output
 
-    return lambda called: call if called is function else called
+    return call

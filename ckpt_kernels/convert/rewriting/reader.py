@@ -1,14 +1,11 @@
 """Reading of expressions: the roles of loads, and whether a fused call keeps the evaluation order of the operands."""
 
 import ast
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..code.evaluation_order import in_evaluation_order, is_evaluated_first
 from ..code.scope import Scope
-from ..code.straight_line import Binding
 from .aliases import view_names
-from .formulas import Formula, formula_of
 from .roles import Role, Roles
 from .templates import Pattern
 
@@ -42,14 +39,8 @@ class Reader:
 
     def __init__(self, roles: Roles, scope: Scope, tree: ast.FunctionDef) -> None:
         self.roles = roles
-        self.private_locals = scope.private_locals
-        self.locals = scope.locals
-        self._scope = scope
+        self.scope = scope
         self._views = view_names(tree)
-
-    def formula(self, tree: ast.AST, bindings: Mapping[int, Binding]) -> Formula | None:
-        """An expression as a formula of one value, None if it is none: see `formulas.formula_of`."""
-        return formula_of(tree, self._scope, bindings)
 
     def role(self, tree: ast.AST) -> Role:
         """The role of an expression; all but loads have the empty role."""
@@ -58,14 +49,16 @@ class Reader:
 
     def may_be_views(self, tree: ast.expr, other: ast.expr) -> bool:
         """Whether both are local names that may stand for views of one tensor."""
-        names = [node.id for node in (tree, other) if isinstance(node, ast.Name) and node.id in self.private_locals]
+        names = [
+            node.id for node in (tree, other) if isinstance(node, ast.Name) and node.id in self.scope.private_locals
+        ]
         bases = {self._views.get(name) for name in names}
         return len(names) == 2 and len(bases) == 1 and None not in bases
 
     def is_plain(self, tree: ast.AST) -> bool:
         """Whether an expression is a plain load or constant, whose evaluation has no side effects."""
         if isinstance(tree, ast.Name):
-            return tree.id in self.private_locals or (tree.id not in self.locals and tree.id in self.roles)
+            return tree.id in self.scope.private_locals or (tree.id not in self.scope.locals and tree.id in self.roles)
         if isinstance(tree, ast.Constant):
             return True
         return isinstance(tree, ast.Attribute | ast.Subscript) and ast.unparse(tree) in self.roles

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ... import functional as ours
 from ..code.code_objects import has_type
 from ..operands import as_plain_tensor, is_called_plainly, is_operand, is_ordinary
-from ..rotations.recognition import is_rotation, replacing_local_rotation, replacing_rotation, settings_in
+from ..rotations.recognition import rotation_of, settings_in
 from ..rules.channel_norms import are_running_statistics
-from ..rules.gates import gate_of_function, replacing_gate
+from ..rules.gates import gate_of_function
 from ..rules.norms import is_dense_map
 from ..rules.pointwise import ActivationRule, pointwise_of
 
@@ -28,29 +28,59 @@ theirs = types.SimpleNamespace(**vars(torch.nn.functional))
 FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
 
 
-def replacement_for(known: Any, call: ast.Call, is_local: bool) -> tuple[Callable[[Any], Any], str] | None:
-    """A function that maps the callee of a call to a replacement, and its description; None without a replacement.
+def replacement_for(known: Any, call: ast.Call) -> tuple[Callable[..., Any], str] | None:
+    """The function that replaces the callee of a call, and its description; None without a replacement.
 
-    `known` is the module or function that the callee stood for during conversion. `is_local`: the callee is a nested
-    function, another object at each call.
+    `known` is the module or function that the callee stood for during conversion.
     """
     if has_type(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
-        return replacing_module(known, rule), str(rule)
+        return _where_computed(functools.partial(_activation, known, rule), known), str(rule)
     if not has_type(known, FUNCTION_TYPES):
         return None
     if known in REPLACEMENTS:
-        return replacing_function(known), known.__name__
-    if has_type(known, types.FunctionType) and is_rotation(known):
-        rotation = replacing_local_rotation if is_local else replacing_rotation
-        return rotation(known, settings_in(call, known)), "rotary"
+        return _of_subclasses(REPLACEMENTS[known]), known.__name__
+    if has_type(known, types.FunctionType) and (rotation := rotation_of(known, settings_in(call, known))) is not None:
+        return _where_computed(rotation.of, known), "rotary"
     if (gate := gate_of_function(known)) is not None:
-        return replacing_gate(known), str(gate)
+        return _where_computed(functools.partial(gate.of, nn.Module()), known), str(gate)
     return None
 
 
-def replacing_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """A function that maps `function` to its replacement, and any other callee to itself."""
-    replacement = REPLACEMENTS[function]
+def exchanging(known: Any, replacement: Callable[..., Any], is_local: bool = False) -> Callable[[Any], Any]:
+    """A function that maps the callee `known` to its replacement, and any other callee to itself.
+
+    `is_local`: the callee is a nested function, which a `def` makes anew at each call.
+    """
+
+    def is_instance(called: Any) -> bool:
+        # A function that torch.compile traces has no such attributes.
+        if not is_local or torch.compiler.is_compiling():
+            return False
+        is_plain = type(called) is types.FunctionType and called.__globals__ is known.__globals__
+        is_plain = is_plain and called.__closure__ is called.__defaults__ is called.__kwdefaults__ is None
+        return is_plain and called.__code__ == known.__code__
+
+    return lambda called: replacement if called is known or is_instance(called) else called
+
+
+def _where_computed(compute: Callable[[tuple, dict[str, Any]], Any], known: Any) -> Callable[..., Any]:
+    """A function that computes by `compute`, and by the callee `known` where that returns None."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = compute(args, kwargs)
+        return known(*args, **kwargs) if output is None else output
+
+    return call
+
+
+def _activation(module: nn.Module, rule: ActivationRule, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The output of an activation module that is a global, so that conversion does not reach the module itself."""
+    is_plain_call = len(args) == 1 and not kwargs and is_operand(args[0]) and is_called_plainly(module)
+    return rule.apply(module, args[0]) if is_plain_call else None
+
+
+def _of_subclasses(replacement: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement for a function of torch, for tensors of trivial subclasses too."""
 
     def call(input: Any, *args: Any, **kwargs: Any) -> Any:
         plain, kind = as_plain_tensor(input)
@@ -58,18 +88,7 @@ def replacing_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
             return replacement(input, *args, **kwargs)
         return replacement(plain, *args, **kwargs).as_subclass(kind)
 
-    return lambda called: call if called is function else called
-
-
-def replacing_module(module: nn.Module, rule: ActivationRule) -> Callable[[Any], Any]:
-    """The same for an activation module that is a global, so that conversion does not reach the module itself."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        is_plain_call = len(args) == 1 and not kwargs and is_operand(args[0]) and is_called_plainly(module)
-        output = rule.apply(module, args[0]) if is_plain_call else None
-        return module(*args, **kwargs) if output is None else output
-
-    return lambda called: call if called is module else called
+    return call
 
 
 def _are_operands(*tensors: Any) -> bool:

@@ -5,10 +5,12 @@ An expression becomes `results.pop() if (results := guarded_call(...)).pop() els
     if (results := guarded_call(...)).pop(): the last statement, with results.pop() for the computed expression
     else: the original statements
 
-Operands are evaluated once and in the original order. The rest of the method stays as written.
+Operands are evaluated once and in the original order. Each use pops a result off the list, so that no name holds a
+tensor longer than in the original method. The rest of the method stays as written.
 """
 
 import ast
+import contextlib
 import copy
 import itertools
 import types
@@ -19,28 +21,30 @@ from ...levels import level_of_blocks
 from ...recompute import watch
 from ..code.code_objects import has_type
 from ..code.frames import PREFIX
+from ..code.memoization import memoized
 from ..code.scope import Scope
 from ..code.source import Definition, NoSource, decorator_chain, definition_of, rebuilt, redecorated
 from ..code.straight_line import OPAQUE, Block, blocks
 from ..code.syntax_trees import at, replaced, with_changed_children
 from ..code.wrapped_functions import check_wrapper
 from ..code.written_names import written_names
-from ..rules.function_trials import activation_function
+from ..rules.activation_trials import activation_function
 from ..rules.gates import TriedGate, gate_at_site
-from . import fused_patterns
 from .callable_objects import replacing_call
+from .fused_patterns import PATTERNS
 from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
 from .native_sites import native_site
 from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
 from .noted_operations import NOTED_FUNCTIONS, NOTED_OPERATORS, noted_cast, noted_function, noted_operator
 from .reader import Match, Operand, Reader
-from .replacements import FUNCTION_TYPES, replacement_for
-from .result_list import has_computed, next_result
-from .roles import Role, Roles
-from .run_matching import run_matches
+from .replacements import FUNCTION_TYPES, exchanging, replacement_for
+from .roles import MethodRoles, Role, Roles
+from .run_matching import RunMatch, run_matches
 from .templates import guarded_call
 
+# The private name of the list of results.
+_RESULTS = f"{PREFIX}results"
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -55,32 +59,25 @@ class Rewritten(NamedTuple):
     fuses: bool
 
 
-def rewritten(function: types.FunctionType, roles: Roles, recompute: str) -> Rewritten | None:
-    """The function rewritten for the roles of its loads, None if nothing changes. Raises `source.NoSource`."""
+@memoized
+def rewritten_method(method: types.FunctionType, roles: MethodRoles, recompute: str) -> Rewritten | None:
+    """The method rewritten for the roles of its loads, None if nothing changes; decorators stay. Raises `NoSource`."""
+    chain = decorator_chain(method)
+    function = chain[-1]
     definition = definition_of(function)
-    rewriter = _Rewriter(function, definition, roles, recompute)
+    rewriter = _Rewriter(function, definition, dict(roles), recompute)
     body = rewriter.rewritten_body()
     fuses = bool(rewriter.descriptions)
     if not fuses and rewriter.has_notes:
-        rewriter.descriptions += reasons_to_note(function, roles, recompute, rewriter.multiplies)
+        rewriter.descriptions += reasons_to_note(function, dict(roles), recompute, rewriter.multiplies)
     if not rewriter.descriptions:
         return None
     tree = copy.copy(definition.tree)
     tree.body = body
     made = rebuilt(function, definition._replace(tree=tree), rewriter.cells)
-    return Rewritten(made, rewriter.descriptions, fuses)
-
-
-def rewritten_method(method: types.FunctionType, roles: Roles, recompute: str) -> Rewritten | None:
-    """The same for a method, whose decorators stay."""
-    chain = decorator_chain(method)
-    inner = rewritten(chain[-1], roles, recompute)
-    if inner is None:
-        return None
-    function, descriptions, fuses = inner
     for wrapper, wrapped in itertools.pairwise(chain):
         check_wrapper(wrapper, wrapped)
-    return Rewritten(redecorated(chain, function), descriptions, fuses)
+    return Rewritten(redecorated(chain, made), rewriter.descriptions, fuses)
 
 
 class _Rewriter:
@@ -118,14 +115,13 @@ class _Rewriter:
         replacements: dict[int, tuple[int, ast.stmt]] = {}
         for run in gate_runs(self.tree, block, self.scope):
             gate = gate_of_run(self.function, run, self.reader.roles)
-            if gate is not None and not taken & (indices := set(range(run.begin, run.end + 1))):
-                taken |= indices
+            if gate is not None and taken.isdisjoint(indices := range(run.begin, run.end + 1)):
+                taken.update(indices)
                 replacements[run.begin] = run.end, self._gate_statements(gate, run, block)
         candidates = run_matches(self.reader, self.tree, block, self.written)
-        for match, begin, end, norm in sorted(candidates, key=lambda c: (_rank(c.match), c.begin - c.end)):
-            indices = set(range(begin, end + 1))
-            if not taken & indices:
-                taken |= indices
+        for match, begin, end, norm in sorted(candidates, key=_rank):
+            if taken.isdisjoint(indices := range(begin, end + 1)):
+                taken.update(indices)
                 replacements[begin] = end, self._fused_statements(match, norm, block.statements[begin : end + 1])
         statements, index = [], 0
         while index < len(block.statements):
@@ -136,30 +132,25 @@ class _Rewriter:
 
     def _fused_statements(self, match: Match, norm: ast.expr | None, statements: Sequence[ast.stmt]) -> ast.stmt:
         """The replacement for a run: see `run_matching.RunMatch`."""
-        if norm is None:
-            *_, last = statements
-            return self._if_computed(match, [replaced(last, {id(match.root): next_result()})], statements)
-        first, *between, last = statements
-        total = replaced(first, {id(match.root): next_result()})
-        return self._if_computed(match, [total, *between, replaced(last, {id(norm): next_result()})], statements)
+        results = {id(match.root): _next_result()} | ({} if norm is None else {id(norm): _next_result()})
+        computed = [replaced(statement, results) for statement in (statements[-1:] if norm is None else statements)]
+        captured = {id(operand.tree): _next_result() for operand in match.captured}
+        original = [replaced(statement, captured) for statement in statements]
+        return self._if_computed(self._has_computed(match), computed, original)
 
     def _gate_statements(self, gate: TriedGate, run: GateRun, block: Block) -> ast.stmt:
         """The replacement for a run that is a gate."""
-        original = block.statements[run.begin : run.end + 1]
-        owner, packed = ast.Name(self.scope.self_name, ast.Load()), ast.Name(run.packed, ast.Load())
-        condition = has_computed(ast.Call(self._cell(gate_at_site(gate)), [owner, packed], []))
-        last: Any = copy.copy(original[-1])
-        last.value = at(original[-1], next_result())
+        original: list[Any] = block.statements[run.begin : run.end + 1]
+        arguments: list[ast.expr] = [ast.Name(name, ast.Load()) for name in (self.scope.self_name, run.packed)]
+        condition = _condition(ast.Call(self._cell(gate_at_site(gate)), arguments, []))
         self.descriptions.append(str(gate))
-        self._originals.append(original)
-        return ast.copy_location(ast.If(at(original[0], condition), [last], original), original[0])
+        computed = replaced(original[-1], {id(original[-1].value): _next_result()})
+        return self._if_computed(at(original[0], condition), [computed], original)
 
-    def _if_computed(self, match: Match, computed: Sequence[ast.stmt], statements: Sequence[ast.stmt]) -> ast.stmt:
+    def _if_computed(self, condition: ast.expr, computed: list[ast.stmt], original: list[ast.stmt]) -> ast.stmt:
         """The `computed` statements if the fused call computes, else the original ones."""
-        captured = {id(operand.tree): next_result() for operand in match.captured}
-        original = [replaced(statement, captured) for statement in statements]
         self._originals.append(original)
-        return ast.copy_location(ast.If(self._has_computed(match), [*computed], original), statements[0])
+        return ast.copy_location(ast.If(condition, computed, original), original[0])
 
     # Expressions
 
@@ -204,9 +195,9 @@ class _Rewriter:
         return at(tree, ast.Call(self._cell(noted_operator(compute)), [tree.left, tree.right], []))
 
     def _fused_expression(self, match: Match) -> ast.expr:
-        captured = {id(operand.tree): next_result() for operand in match.captured}
+        captured = {id(operand.tree): _next_result() for operand in match.captured}
         original = self._with_notes(replaced(match.root, captured))
-        return ast.copy_location(ast.IfExp(self._has_computed(match), next_result(), original), match.root)
+        return ast.copy_location(ast.IfExp(self._has_computed(match), _next_result(), original), match.root)
 
     def _with_notes(self, tree: Any) -> Any:
         """A copy with noted operators, but without fused calls, whose results would replace the captured operands."""
@@ -223,19 +214,15 @@ class _Rewriter:
         if "recompute" in pattern.parameters:
             options["recompute"] = level_of_blocks(self.recompute)
         captured = [operand.name for operand in match.captured]
-        values = attempt.act.values
-        if attempt.activation is not None:
-            is_exact = attempt.act.is_exact
-            function = guarded_call(pattern, captured, options, values, attempt.activation, is_exact)
-        else:
-            tried = activation_function(values[0]) if values else None
-            function = guarded_call(pattern, captured, options, tried=tried)
+        formula = attempt.act if attempt.act.kind == "formula" else None
+        tried = activation_function(attempt.act.values[0]) if attempt.act.values and not formula else None
+        function = guarded_call(pattern, captured, options, formula, tried)
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
-        condition = has_computed(ast.Call(self._cell(function), [], keywords))
+        condition = _condition(ast.Call(self._cell(function), [], keywords))
         self.descriptions.append(attempt.description(pattern))
         if (native := native_site(match, self.scope.self_name, options)) is not None:
             native_call, arguments = native
-            native_condition = has_computed(ast.Call(self._cell(native_call), arguments, []))
+            native_condition = _condition(ast.Call(self._cell(native_call), arguments, []))
             condition = ast.BoolOp(ast.Or(), [native_condition, condition])
         return at(match.root, condition)
 
@@ -253,19 +240,18 @@ class _Rewriter:
         (known,) = role.values or ((self.scope.local_function if is_local else self.scope.value)(callee),)
         if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in NOTED_FUNCTIONS:
             self.has_notes = True
-            return self._mapped(callee, noted_function(known))
-        replacement = replacement_for(known, call, is_local)
+            return self._mapped(callee, exchanging(known, noted_function(known)))
+        replacement = replacement_for(known, call)
         if replacement is None:
             return callee
-        mapping, description = replacement
+        function, description = replacement
         self.descriptions.append(description)
-        return self._mapped(callee, mapping)
+        return self._mapped(callee, exchanging(known, function, is_local))
 
-    def _replaced_object(self, callee: ast.expr, method: types.FunctionType, roles: Any) -> ast.expr:
-        try:
-            inner = rewritten_method(method, dict(roles), self.recompute)
-        except NoSource:
-            inner = None
+    def _replaced_object(self, callee: ast.expr, method: types.FunctionType, roles: MethodRoles) -> ast.expr:
+        inner = None
+        with contextlib.suppress(NoSource):
+            inner = rewritten_method(method, roles, self.recompute)
         if inner is None:
             return callee
         self.descriptions += inner.descriptions
@@ -282,5 +268,17 @@ class _Rewriter:
         return ast.Name(name, ast.Load())
 
 
-def _rank(match: Match) -> int:
-    return fused_patterns.PATTERNS.index(match.pattern)
+def _rank(candidate: RunMatch) -> tuple[int, int]:
+    """Larger patterns come first, and then longer runs."""
+    return PATTERNS.index(candidate.match.pattern), candidate.begin - candidate.end
+
+
+def _condition(call: ast.Call) -> ast.expr:
+    """An expression that binds the results of a guarded call, and pops the last: whether the call has computed."""
+    named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
+    return ast.Call(ast.Attribute(named, "pop", ast.Load()), [], [])
+
+
+def _next_result() -> ast.expr:
+    """An expression that pops the next result."""
+    return ast.Call(ast.Attribute(ast.Name(_RESULTS, ast.Load()), "pop", ast.Load()), [], [])

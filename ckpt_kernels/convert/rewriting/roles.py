@@ -10,14 +10,15 @@ from torch import nn
 from ...activations import FUNCTIONS as ACTIVATIONS
 from ..attribute_loads import load_attribute
 from ..code.code_objects import has_type
+from ..code.straight_line import CHUNK
 from ..rotations.recognition import is_rotation
-from ..rules.function_trials import activation_function
+from ..rules.activation_trials import activation_function
 from ..rules.gates import gate_of_function
 from ..rules.in_place import writes_over
 from ..rules.norms import Norm
 from ..rules.pointwise import ActivationRule, activation_of, pointwise_of
 from ..swap import original_of, rule_of
-from .guards import CHUNK, is_linear
+from .guards import is_linear
 from .noted_operations import NOTED_FUNCTIONS
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
 
@@ -34,8 +35,8 @@ GATE_RUN = "gate run"
 class Role(NamedTuple):
     """The role of a load or a formula in a method.
 
-    `kind` is "linear", "act" (a load or a formula), "norm", "dropout", "F.dropout", "write" (an activation of torch
-    that writes over the input), "halves" (`torch.chunk`), "replacement" (a callee with a replacement), "local
+    `kind` is "linear", "act", "formula" (of an activation), "norm", "dropout", "F.dropout", "write" (an activation of
+    torch that writes over the input), "halves" (`torch.chunk`), "replacement" (a callee with a replacement), "local
     replacement" (the same for a nested function), "object" (a callable object), "module" (any other module), "noted"
     (no load: the name says why the operators of the method are noted, see `note_reasons`), "gate" (no load: the method
     is a gate, with the `rules.gates.GateOutline` as values), "gate run" (no load: a run of statements is a gate, with
@@ -55,8 +56,9 @@ class Role(NamedTuple):
     is_exact: bool = True
 
 
-# The role of each load and formula in a method, by the source text.
+# The role of each load and formula in a method, by the source text; as pairs, which can be hashed and pickled.
 Roles = Mapping[str, Role]
+MethodRoles = tuple[tuple[str, Role], ...]
 
 
 def may_match_any(roles: Iterable[tuple[str, Role]], recompute: str = "output") -> bool:
@@ -95,7 +97,7 @@ def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:
     if value in ACTIVATIONS:
         return Role("act", ACTIVATIONS[value])
     if (tried := activation_function(value)) is not None:
-        return Role("act", tried.name, not tried.keeps_input, (value,))
+        return Role("act", tried.result.name or "", not tried.result.keeps_input, (value,))
     is_replaced = value in REPLACEMENTS or value in NOTED_FUNCTIONS or is_rotation(value)
     is_replaced = is_replaced or gate_of_function(value) is not None
     return Role("replacement", values=(value,)) if is_replaced else Role()

@@ -32,14 +32,10 @@ def run_matches(
 ) -> Iterator[RunMatch]:
     """The matches in runs of a block. `written` are the names of tensors that the function may write to."""
     statements: list[Any] = block.statements
-
-    def is_chunk(callee: ast.expr) -> bool:
-        return reader.role(callee).kind == "halves"
-
     for end, last in enumerate(statements):
         if not isinstance(last, ast.Assign | ast.AugAssign | ast.Return | ast.Expr) or last.value is None:
             continue
-        for run in runs_ending_at(function, block, end, reader.private_locals, is_chunk):
+        for run in runs_ending_at(function, block, end, reader.scope):
             first = statements[run.begin].value
             for root in expressions_in(last.value):
                 if not is_evaluated_first(last, root, reader.is_plain):
@@ -57,7 +53,7 @@ def _sum_matches(reader: Reader, statements: list[Any], end: int, written: Colle
         if not isinstance(root, ast.Call) or len(root.args) != 1 or root.keywords:
             continue
         name = root.args[0]
-        if not isinstance(name, ast.Name) or name.id not in reader.private_locals:
+        if not isinstance(name, ast.Name) or name.id not in reader.scope.private_locals:
             continue
         if reader.role(root.func).kind != "norm":
             continue

@@ -1,6 +1,8 @@
 """Fusion of consecutive modules in `nn.Sequential`: a rule whose forward makes one fused call for several children."""
 
 import ast
+import collections
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,44 +37,52 @@ _ARE_UNPATCHED = is_unpatched(_FORWARD) and is_unpatched(_ITER)
 
 @dataclass(frozen=True)
 class SequentialRule(Rule):
-    """The rule of a sequence of `length` modules.
+    """The rule of a sequence of modules, in groups.
 
-    `places` has for each child the index into `_PATTERNS` of the chain that begins there, or -1.
+    `groups` has for each group the index into `_PATTERNS` of the chain that its modules are, or -1 for a module alone,
+    and the number of modules.
     """
 
-    length: int
-    places: tuple[int, ...]
+    groups: tuple[tuple[int, int], ...]
     recompute: str
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
-        patterns = {place: _PATTERNS[place][0] for place in self.places if place >= 0}
+        patterns = {index: _PATTERNS[index][0] for index, _ in self.groups if index >= 0}
         recompute = {"recompute": self.recompute}
         calls = {
-            place: guarded_call(pattern, (), recompute if "recompute" in pattern.parameters else {})
-            for place, pattern in patterns.items()
+            index: guarded_call(pattern, (), recompute if "recompute" in pattern.parameters else {})
+            for index, pattern in patterns.items()
         }
-        return {"forward": lambda module, input: self._forward(original, module, input, calls)}
+        count = sum(length for _, length in self.groups)
+        return {"forward": lambda module, input: self._forward(original, count, calls, module, input)}
 
     def _forward(
-        self, original: Any, module: nn.Module, input: Any, calls: Mapping[int, Callable[..., list[Any]]]
+        self, original: Any, count: int, calls: Mapping[int, Callable[..., list[Any]]], module: nn.Module, input: Any
     ) -> Any:
-        children: list[Any] = list(module._modules.values())
-        if len(children) != self.length or original.__iter__ is not _ITER:
+        if len(module._modules) != count or original.__iter__ is not _ITER:
             return original.forward(module, input)
-        for place, group in _groups(children, self.places):
+        # A child may exchange a later one in its forward, so each is taken when its turn comes, as by Sequential.
+        children: Iterator[Any] = iter(module._modules.values())
+        begin = 0
+        for index, length in self.groups:
             results = [False]
-            if place >= 0:
-                names = _PATTERNS[place][1]
-                results = calls[place](**dict(zip(names, group, strict=True)), input=input)
+            if index >= 0 and len(module._modules) == count:
+                group = itertools.islice(module._modules.values(), begin, begin + length)
+                results = calls[index](**dict(zip(_PATTERNS[index][1], group, strict=True)), input=input)
+            begin += length
+            turn = itertools.islice(children, length)
             if results.pop():
                 input = results.pop()
+                collections.deque(turn, maxlen=0)
                 continue
-            for child in group:
+            for child in turn:
                 input = child(input)
+        for child in children:  # an error of the iterator if the number of children changed
+            input = child(input)
         return input
 
     def __str__(self) -> str:
-        return "; ".join(_PATTERNS[index][0].description for index in self.places if index >= 0)
+        return "; ".join(_PATTERNS[index][0].description for index, _ in self.groups if index >= 0)
 
 
 def sequential_rule(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> SequentialRule | None:
@@ -81,14 +91,13 @@ def sequential_rule(module: nn.Module, recompute: str, may_touch: Callable[[nn.M
     if not _ARE_UNPATCHED or kind.forward is not _FORWARD or kind.__iter__ is not _ITER:
         return None
     roles = [role_of(child, may_touch) for child in module._modules.values()]
-    places: list[int] = []
-    while len(places) < len(roles):
-        rest = roles[len(places) :]
-        index = next((i for i, (pattern, names) in enumerate(_PATTERNS) if _begins(rest, pattern, names)), -1)
-        length = len(_PATTERNS[index][1]) if index >= 0 else 1
+    groups: list[tuple[int, int]] = []
+    while roles:
+        index = next((i for i, (pattern, names) in enumerate(_PATTERNS) if _begins(roles, pattern, names)), -1)
         # The last linear layer of one MLP may be the first of the next: the first fused call gets the layer.
-        places += [index, *[-1] * (length - 1)]
-    return SequentialRule(len(roles), tuple(places), recompute) if any(index >= 0 for index in places) else None
+        groups.append((index, len(_PATTERNS[index][1]) if index >= 0 else 1))
+        roles = roles[groups[-1][1] :]
+    return SequentialRule(tuple(groups), recompute) if any(index >= 0 for index, _ in groups) else None
 
 
 def _begins(roles: Sequence[Role], pattern: Pattern, names: tuple[str, ...]) -> bool:
@@ -96,12 +105,3 @@ def _begins(roles: Sequence[Role], pattern: Pattern, names: tuple[str, ...]) -> 
     kinds = tuple(kind_of(name) for name in names)
     saves = pattern.makes_act_input or roles[0].name not in KEPT_BY_OUTPUT
     return tuple(role.kind for role in roles[: len(names)]) == kinds and saves
-
-
-def _groups(children: list[nn.Module], places: tuple[int, ...]) -> Iterator[tuple[int, list[nn.Module]]]:
-    """The children in groups: the children of a chain with its index into `_PATTERNS`, and others alone with -1."""
-    index = 0
-    while index < len(children):
-        length = len(_PATTERNS[places[index]][1]) if places[index] >= 0 else 1
-        yield places[index], children[index : index + length]
-        index += length

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..code.straight_line import CHUNK
 from ..operands import as_plain_tensor, has_global_hooks, is_observed, is_ordinary
-from ..rules.function_trials import TriedFunction
+from ..rules.activation_trials import TriedFunction
 from ..rules.pointwise import KEPT_BY_OUTPUT, activation_of
-from .guards import CHUNK, autocast_input, dropout_probability, linear_operands, norm_rule
+from .guards import autocast_input, dropout_probability, linear_operands, norm_rule
+from .roles import Role
 
 # The results of a guarded call, in the reverse order of their use.
 Results = list[Any]
@@ -117,19 +119,17 @@ def guarded_call(
     pattern: Pattern,
     captured: Sequence[str],
     options: dict[str, Any],
-    functions: Sequence[Any] = (),
-    activation: str | None = None,
-    is_exact: bool = True,
+    formula: Role | None = None,
     tried: TriedFunction | None = None,
 ) -> Callable[..., list[Any]]:
     """The function that a rewritten method calls at a site: checks the operands, then makes the fused call.
 
     The function returns a list: the results and True, or the `captured` operands and False. The method pops all items,
-    so that no name holds a tensor longer than in the original. `functions` are the functions and numbers in a formula
-    for `activation`, which holds in float64 only if `is_exact`; or the activation is a function that was `tried`.
+    so that no name holds a tensor longer than in the original. The activation may be a `formula`, whose role has the
+    functions and numbers in it, or a function that was `tried`.
     """
     returned = tuple(reversed(captured))
-    formulas = tuple((f"f{index}", function) for index, function in enumerate(functions))
+    formulas = tuple((f"f{index}", function) for index, function in enumerate(formula.values if formula else ()))
     constants = pattern.options | options
     tensors, linears, parameters = pattern.tensors, pattern.linears, pattern.parameters
     passed = [name for name in ("act", "norm", "write") if name in parameters]
@@ -164,10 +164,12 @@ def guarded_call(
         for name in passed:
             arguments[name] = operands.get(name)
         if "activation" in parameters:
-            act, act_name = operands.get("act"), activation
-            if act_name is None:
+            act = operands.get("act")
+            if formula is not None:
+                act_name = formula.name if formula.is_exact or not is_float64 else None
+            else:
                 act_name = tried.name_of(act, is_float64) if tried else activation_of(act, makes_act_input, is_float64)
-            if act_name is None or (is_float64 and not is_exact):
+            if act_name is None:
                 return None
             if act_name in KEPT_BY_OUTPUT and not saves_act_input:
                 return None

@@ -1,12 +1,13 @@
 """Checks of a rotation beyond the results for one form: other sizes, strides, gradients, dtypes, and saved tensors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ops.operands import elementwise_empty
+from ..rules.trial import watching_saved_tensors
 from .forms import Form, KnownForm, SupportedDtypes
 from .trial_runs import Arrangement, Trial, are_close, reference_result
 
@@ -64,7 +65,7 @@ def with_broadcast_dims(
     if keeps_strides is None:
         return None
     other_tables = [[lay_out(table) for table in (cos, sin)] for lay_out in _TABLE_LAYOUTS]
-    takes_any = _keeps_strides(trial, [[_transposed_tokens(h) for h in heads]], other_tables) is keeps_strides
+    takes_any = _keeps_strides(trial, [[_tokens_before_heads(h) for h in heads]], other_tables) is keeps_strides
     return known._replace(keeps_strides=keeps_strides, takes_any_tables=takes_any)
 
 
@@ -81,29 +82,22 @@ def _keeps_strides(trial: Trial, all_heads: Sequence[list[Tensor]], tables: Sequ
     return True if keeps else False if contiguous else None
 
 
-def _transposed_tokens(heads: Tensor) -> Tensor:
-    """Heads with the memory layout of tokens before heads."""
-    return heads.transpose(-3, -2).contiguous().transpose(-3, -2)
-
-
-def _transposed(tensor: Tensor) -> Tensor:
-    return tensor.transpose(0, -2).contiguous().transpose(0, -2)
+def _swapped(first: int, second: int) -> Callable[[Tensor], Tensor]:
+    """A function that gives a tensor the memory layout of the tensor with two dimensions swapped."""
+    return lambda tensor: tensor.transpose(first, second).contiguous().transpose(first, second)
 
 
 def _packed(heads: Tensor) -> Tensor:
     return torch.cat((heads, heads), -1)[..., : heads.shape[-1]]
 
 
-def _columns_first(table: Tensor) -> Tensor:
-    return table.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
 def _expanded(table: Tensor) -> Tensor:
     return table[:1].expand(table.shape)
 
 
-_HEAD_LAYOUTS = (_transposed, _transposed_tokens, _packed, Tensor.contiguous)
-_TABLE_LAYOUTS = (_transposed, _columns_first, _expanded)
+_tokens_before_heads = _swapped(-3, -2)
+_HEAD_LAYOUTS = (_swapped(0, -2), _tokens_before_heads, _packed, Tensor.contiguous)
+_TABLE_LAYOUTS = (_swapped(0, -2), _swapped(-1, -2), _expanded)
 
 
 def dtypes_of(trial: Trial, form: Form, arrangement: Arrangement, columns: int, entries: int) -> SupportedDtypes:
@@ -131,14 +125,8 @@ def _saves_tables(trial: Trial, heads: Sequence[Tensor], *tables: Tensor) -> Ite
         if arguments is None or passed is None:
             yield False, False
             continue
-        storages: set[int] = set()
-
-        def pack(tensor: Tensor, storages: set[int] = storages) -> Tensor:
-            storages.add(tensor.untyped_storage()._cdata)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        with watching_saved_tensors() as is_saved:
             results = trial.run_with_tables([h.detach().requires_grad_() for h in heads], arguments)
         # Results hold the saved tensors. Without results the memory is free, and an address says nothing.
-        is_saved = [results is not None and table.untyped_storage()._cdata in storages for table in passed]
-        yield is_saved[0], is_saved[1]
+        cos, sin = (results is not None and is_saved(table) for table in passed)
+        yield cos, sin

@@ -93,13 +93,6 @@ class KnownForm(NamedTuple):
     takes_any_tables: bool = False
 
 
-class RotaryCall(NamedTuple):
-    """The form and the options of the fused op for a tensor of heads."""
-
-    form: Form
-    options: RotaryOptions
-
-
 class CallConvention(NamedTuple):
     """How a function takes its operands: one or two tensors of `heads`, and the tables.
 
@@ -190,14 +183,14 @@ class Rotation:
             return None
         are_contiguous = convention.are_contiguous(table_arguments)
         calls = [call for h in heads if (call := self._call(h, cos.shape, settings, are_contiguous)) is not None]
-        if len(calls) != len(heads) or len({call.form for call in calls}) > 1:
+        if len(calls) != len(heads) or len({form for form, _ in calls}) > 1:
             return None
-        read_tables = list(calls[0].form.tables(cos, sin))
+        read_tables = list(calls[0][0].tables(cos, sin))
         if torch.is_grad_enabled() and any(h.requires_grad for h in heads):
             # The user may write in place to tables of which the original function saves copies.
             saved = dtypes[first.dtype, cos.dtype]
             read_tables = [t if is_saved else t.clone() for t, is_saved in zip(read_tables, saved, strict=True)]
-        rotated = [rotary(h, *read_tables, None, None, call.options) for call, h in zip(calls, heads, strict=True)]
+        rotated = [rotary(h, *read_tables, None, None, options) for (_, options), h in zip(calls, heads, strict=True)]
         return rotated[0] if len(rotated) == 1 else tuple(rotated)
 
     def _bound(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any] | None:
@@ -211,8 +204,10 @@ class Rotation:
             arguments.append(kwargs[name] if name in kwargs else self.defaults[name])
         return arguments
 
-    def _call(self, heads: Tensor, table: Sequence[int], settings: Settings, are_contiguous: bool) -> RotaryCall | None:
-        """The call of the fused op for heads and tables of these shapes, None if no trial covers them."""
+    def _call(
+        self, heads: Tensor, table: Sequence[int], settings: Settings, are_contiguous: bool
+    ) -> tuple[Form, RotaryOptions] | None:
+        """The form and options of the fused op for heads and tables of these shapes, None if no trial covers them."""
         columns, entries = heads.shape[-1], table[-1]
         ones = tuple([size == 1 for size in table[:-1]])
         known = self.forms.get(OperandKind(settings, heads.dim(), ones, entries == columns))
@@ -231,7 +226,7 @@ class Rotation:
             return None
         if any(size not in (1, other) for size, other in zip(reversed(lead), reversed(whole), strict=False)):
             return None
-        return RotaryCall(known.form, options._replace(contiguous=not known.keeps_strides))
+        return known.form, options._replace(contiguous=not known.keeps_strides)
 
 
 def parameters_of(function: types.FunctionType) -> tuple[list[str], dict[str, Any]]:

@@ -6,10 +6,8 @@ The outcome is a `forms.Rotation`.
 import ast
 import itertools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
-
-import torch
 
 from ..code.call_graph import belongs_to_torch
 from ..code.code_objects import names_in
@@ -41,39 +39,6 @@ _TABLES = ("full", "half", "first half", "neighbours")
 _LAYOUTS = ("halves", "interleaved")
 # Other values of settings that trials use: for integers, dimensions where tables may be unsqueezed.
 _CHOICES: dict[type, tuple[Any, ...]] = {int: (-2, -1, 0, 1, 2), bool: (False, True)}
-
-
-def replacing_rotation(function: types.FunctionType, settings: tuple[str, ...] | None = None) -> Callable[[Any], Any]:
-    """A function that maps `function` to its replacement, and any other callee to itself.
-
-    `settings` are the names of the settings that calls may pass: see `rotation_of`.
-    """
-    rotation = rotation_of(function, settings)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        rotated = None if rotation is None else rotation.of(args, kwargs)
-        return function(*args, **kwargs) if rotated is None else rotated
-
-    return lambda called: call if called is function else called
-
-
-def replacing_local_rotation(
-    function: types.FunctionType, settings: tuple[str, ...] | None = None
-) -> Callable[[Any], Any]:
-    """The same for a nested function, which a `def` makes anew at each call."""
-    replace = replacing_rotation(function, settings)
-
-    def is_instance(called: Any) -> bool:
-        if called is function:
-            return True
-        # A function that torch.compile traces has no such attributes.
-        if torch.compiler.is_compiling():
-            return False
-        is_plain = type(called) is types.FunctionType and called.__globals__ is function.__globals__
-        is_plain = is_plain and called.__closure__ is called.__defaults__ is called.__kwdefaults__ is None
-        return is_plain and called.__code__ == function.__code__
-
-    return lambda called: replace(function) if is_instance(called) else called
 
 
 def settings_in(call: ast.Call, function: types.FunctionType) -> tuple[str, ...]:
@@ -118,19 +83,18 @@ def _recognized(function: types.FunctionType, settings: tuple[str, ...]) -> Rota
         names, defaults = parameters_of(function)
         if len(names) - len(defaults) not in (2, 3, 4) or not all(map(is_setting, defaults.values())):
             return "takes something else than one or two heads, their tables, and settings that are numbers"
-        rotation = _try_out(function, read_function(function, _NAMES), settings)
+        rotation = _try_out(function, len(names) - len(defaults), read_function(function, _NAMES), settings)
     except NotTriable as error:
         return str(error)
     return "rotates in no way that the rotary op supports" if rotation is None else rotation
 
 
 @in_own_thread
-def _try_out(function: types.FunctionType, code: CodeSnapshot, varied: Sequence[str]) -> Rotation | None:
-    names, defaults = parameters_of(function)
+def _try_out(function: types.FunctionType, required: int, code: CodeSnapshot, varied: Sequence[str]) -> Rotation | None:
     rotation = Rotation(function, code)
-    for values in _setting_values(defaults, varied):
+    for values in _setting_values(rotation.defaults, varied):
         settings = settings_of(values)
-        for convention in _conventions(len(names) - len(defaults), "view_as_complex" in names_in(function.__code__)):
+        for convention in _conventions(required, "view_as_complex" in names_in(function.__code__)):
             dtypes = _add_forms(rotation, Trial(function, convention, values), settings)
             if dtypes is not None:
                 rotation.conventions[settings] = convention, dtypes
@@ -149,23 +113,13 @@ def _add_forms(rotation: Rotation, trial: Trial, settings: Settings) -> Supporte
         if known is None:
             continue
         sizes = (16, 16 if is_whole else 8)
-        rotation.forms |= _broadcast_forms(trial, known, settings, arrangement, sizes)
+        for ones in itertools.product((False, True), repeat=len(arrangement.lead)):
+            form = with_broadcast_dims(trial, known, arrangement, ones, *sizes)
+            if form is not None:
+                rotation.forms[OperandKind(settings, arrangement.dims, ones, is_whole)] = form
         if dtypes is None:
             dtypes = dtypes_of(trial, known.form, arrangement, *sizes)
     return dtypes
-
-
-def _broadcast_forms(
-    trial: Trial, known: KnownForm, settings: Settings, arrangement: Arrangement, sizes: tuple[int, int]
-) -> dict[OperandKind, KnownForm]:
-    """The forms of one kind of operands, and of the kinds whose tables have size 1 in other dimensions."""
-    is_whole = sizes[0] == sizes[1]
-    forms = {}
-    for ones in itertools.product((False, True), repeat=len(arrangement.lead)):
-        form = with_broadcast_dims(trial, known, arrangement, ones, *sizes)
-        if form is not None:
-            forms[OperandKind(settings, arrangement.dims, ones, is_whole)] = form
-    return forms
 
 
 def _conventions(required: int, may_be_complex: bool) -> Iterator[CallConvention]:

@@ -4,18 +4,23 @@ Values and derivative are compared with those of the known activations in float6
 activation agree.
 """
 
+import functools
 import math
+import sys
+import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS
-from ..code.custom_autograd import has_custom_gradient
-from ..code.memoization import memoized_for_good
-from .trial import POINTWISE, Outline, forward_of, in_own_thread, result_of
+from ..code.call_graph import belongs_to_torch
+from ..code.memoization import memoized, memoized_for_good
+from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, has_custom_gradient
+from ..code.snapshots import CodeSnapshot, NotTriable
+from .trial import POINTWISE, Outline, in_own_thread, result_of, takes_one_argument, watching_saved_tensors
 
 
 class TrialResult(NamedTuple):
@@ -36,30 +41,73 @@ class TrialResult(NamedTuple):
 @in_own_thread
 def activation_of_module(outline: Outline) -> TrialResult:
     """The activation that the module with this outline computes."""
-    module = outline.stand_in(torch.float64, torch.Generator("cpu").manual_seed(0))
+    forward = functools.partial(outline.forward, outline.stand_in(torch.float64))
+    return tried_activation(forward, has_custom_gradient(outline.code.dependencies))
+
+
+class TriedFunction(NamedTuple):
+    """A function, the result of its trial, and all code and globals that the function reaches."""
+
+    function: types.FunctionType
+    result: TrialResult
+    code: CodeSnapshot
+
+    def name_of(self, called: Any, wide: bool = False) -> str | None:
+        """The activation that a call of `called` computes now.
+
+        None for another function, for a function that has changed since the trial, and for a formula that is not exact
+        where operands are `wide`, which is float64.
+        """
+        holds = called is self.function and (self.result.is_exact or not wide)
+        return self.result.name if holds and self.code.is_same() else None
+
+
+def is_importable(function: Any) -> TypeGuard[types.FunctionType]:
+    """Whether a value is a function outside torch that can be imported under its name, so that it can be pickled."""
+    if type(function) is not types.FunctionType or belongs_to_torch(function):
+        return False
+    return getattr(sys.modules.get(function.__module__), function.__name__, None) is function
+
+
+@memoized
+def activation_function(value: Any) -> TriedFunction | None:
+    """The trial of a function that computes a known activation; None for any other value."""
+    if not is_importable(value) or not takes_one_argument(value, 0):
+        return None
+    try:
+        reader = CodeReader(nn.Module())
+        reader.read_function(value)
+        if depends_on_shapes(reader) or depends_on_dtype(reader):
+            return None
+        reader.read_modules()
+        result = tried_activation(value)
+    except NotTriable:
+        return None
+    code = CodeSnapshot((nn.Module, (), ()), reader.dependencies)
+    return None if result.name is None else TriedFunction(value, result, code)
+
+
+@in_own_thread
+def tried_activation(function: Callable[[Tensor], Any], has_function: bool = False) -> TrialResult:
+    """The activation that code computes which may be anything: the trial ends at an operation that is not allowed."""
+
+    def compute(points: Tensor) -> Tensor:
+        return result_of(function, points, POINTWISE)
+
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
-    if forward_of(module, transposed, POINTWISE).stride() != transposed.stride():
+    if compute(transposed).stride() != transposed.stride():
         return TrialResult()
-    has_function = has_custom_gradient(outline.code.dependencies)
-    return activation_by_trial(lambda points: forward_of(module, points, POINTWISE), has_function)
+    return activation_by_trial(compute, has_function)
 
 
 @in_own_thread
 def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool = False) -> TrialResult:
     """The activation that equals a function of one tensor in values and derivative.
 
-    Args:
-        compute: the function.
-        has_function: whether the gradient comes from an `autograd.Function` whose code was read. The gradient must then
-            be linear in the incoming one: the derivative times the incoming gradient, and nothing else.
+    With `has_function` the gradient comes from an `autograd.Function` whose code was read, and must be linear in the
+    incoming one: the derivative times the incoming gradient, and nothing else.
     """
-    saved: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.untyped_storage()._cdata)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+    with watching_saved_tensors() as is_saved:
         points = sample_points()
         input = points.clone().requires_grad_()
         values = compute(input)
@@ -69,7 +117,7 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
             return TrialResult()
         if not _is_gradient_linear(values, input) if has_function else contains_function(values):
             return TrialResult()
-        keeps_input = input.untyped_storage()._cdata in saved
+        keeps_input = is_saved(input)
         (slopes,) = torch.autograd.grad(values.sum(), input)
         for name in NAMES:
             other = points.clone().requires_grad_()

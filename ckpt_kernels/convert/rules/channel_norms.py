@@ -15,6 +15,8 @@ from .norms import Norm, are_coefficients, is_dense_map
 class BatchNorm(Norm):
     """The rule for torch.nn's batch norms, synchronised or not."""
 
+    description = "batch_norm"
+
     def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
         # Where torch's batch norm raises an error, the batch has been counted before, so the original must run.
         if input.dim() < 2 or input.shape[1] != module.num_features or input.numel() <= input.shape[1]:
@@ -23,32 +25,35 @@ class BatchNorm(Norm):
             return None
         if not (module.num_batches_tracked is None or is_plain_counter(module.num_batches_tracked)):
             return None
+        if type(module.eps) is not float or not module.eps > 0:
+            return None
         group = group_of(module) if isinstance(module, nn.SyncBatchNorm) and module.training else None
         return batch_norm_of(module, input, None, activation, group, repeat_updates=True)
-
-    def __str__(self) -> str:
-        return "batch_norm"
 
 
 @dataclass(frozen=True)
 class GroupNorm(Norm):
     """The rule for `torch.nn.GroupNorm`."""
 
+    description = "group_norm"
+
     def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
         # For inputs of shape (N, C) eager torch keeps less.
         if input.dim() < 3 or input.shape[1] != module.num_channels or not _are_of_channels(module, input):
+            return None
+        has_both_or_neither = (module.weight is None) is (module.bias is None)
+        if not has_both_or_neither or type(module.num_groups) is not int or module.num_groups <= 0:
             return None
         # For other layouts eager torch keeps a contiguous copy, and not the tensor that the input may be a view of.
         input = input if is_dense_map(input) else input.contiguous()
         return F.group_norm(input, module.num_groups, module.weight, module.bias, module.eps, activation=activation)
 
-    def __str__(self) -> str:
-        return "group_norm"
-
 
 @dataclass(frozen=True)
 class InstanceNorm(Norm):
     """The rule for torch.nn's instance norms, whose inputs may lack the batch dimension."""
+
+    description = "instance_norm"
 
     def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
         module._check_input_dim(input)
@@ -62,9 +67,6 @@ class InstanceNorm(Norm):
         input = input if is_dense_map(input) else input.contiguous()
         output = instance_norm_of(module, input, activation, repeat_updates=True).contiguous()
         return output.squeeze(0) if single else output
-
-    def __str__(self) -> str:
-        return "instance_norm"
 
 
 def _are_of_channels(module: Any, input: Tensor) -> bool:

@@ -17,7 +17,7 @@ from ...activations import NAMES
 from ...backends import reference
 from ...ops.glu import LAYOUTS, unpack
 from .activation_trials import contains_function, sample_points
-from .trial import GATES, InputRefused, in_own_thread, result_of
+from .trial import GATES, InputRefused, in_own_thread, result_of, watching_saved_tensors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The numbers of columns and the leading sizes of the tensors in a trial.
@@ -51,13 +51,8 @@ class GateForm(NamedTuple):
 
 
 class GateTrial(NamedTuple):
-    """The result of the trial of a gate.
-
-    Attributes:
-        form: the gate.
-        dims: the numbers of dimensions for which the function is this gate.
-        keeps_input: whether torch saves the input for backward, by the dtypes for which the function is this gate.
-    """
+    """A gate that a function computes: for tensors of so many `dims`, and for the dtypes in `keeps_input`, which has
+    whether torch saves the input for backward."""
 
     form: GateForm
     dims: tuple[int, ...]
@@ -166,15 +161,9 @@ class _Comparison(NamedTuple):
 def _compared(compute: Function, form: GateForm, packed: Tensor) -> _Comparison | None:
     """The comparison with a gate in float64; None if the function refuses the tensor, or makes another kind of
     tensor."""
-    saved: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.untyped_storage()._cdata)
-        return tensor
-
     input = packed.clone().requires_grad_()
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        with watching_saved_tensors() as is_saved:
             output = compute(input)
     except InputRefused:
         return None
@@ -184,8 +173,7 @@ def _compared(compute: Function, form: GateForm, packed: Tensor) -> _Comparison 
     expected = form.reference(wide)
     (gradient,) = torch.autograd.grad(output.sum(), input)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), wide)
-    keeps_input = input.untyped_storage()._cdata in saved
-    return _Comparison((output.detach(), gradient), (expected.detach(), expected_gradient), keeps_input)
+    return _Comparison((output.detach(), gradient), (expected.detach(), expected_gradient), is_saved(input))
 
 
 def _has_form(compute: Function, form: GateForm, shape: tuple[int, ...]) -> bool:

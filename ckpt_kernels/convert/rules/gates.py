@@ -2,7 +2,6 @@
 GPT-OSS, which are recognised by a trial (see `gate_trials`)."""
 
 import ast
-import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeGuard
@@ -14,13 +13,14 @@ from ... import recompute
 from ...backends.reference import ACTIVATIONS
 from ..attribute_loads import LOADS_PLAINLY, loads_plainly, only_instances_define
 from ..code.call_graph import belongs_to_torch
-from ..code.code_objects import has_type, names_in
+from ..code.code_objects import names_in
+from ..code.function_reachability import SizeIndependentReader
 from ..code.memoization import memoized
-from ..code.reachability import CodeReader, is_torch_callable, is_unchanged
+from ..code.reachability import is_unchanged
 from ..code.settings import Settings
-from ..code.size_independence import is_size_independent, is_tree_size_independent
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 from ..operands import as_plain_tensor, has_global_hooks, is_operand
+from .activation_trials import is_importable
 from .gate_trials import GateTrial, gate_by_trial
 from .pointwise import activation_of
 from .trial import takes_one_argument
@@ -54,8 +54,15 @@ class TriedGate(NamedTuple):
     outline: GateOutline
     code: CodeSnapshot
 
-    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
-        """The gate of a tensor, by the fused function; None where the code of the model must compute the gate."""
+    def of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The gate, by the fused function; None where the code of the model must compute the gate."""
+        if len(args) != 1 or kwargs:
+            return None
+        input, kind = as_plain_tensor(args[0])
+        output = self._of_operand(module, input) if is_operand(input) else None
+        return output if output is None or kind is None else output.as_subclass(kind)
+
+    def _of_operand(self, module: nn.Module, input: Tensor) -> Tensor | None:
         trial, (settings, activations) = self.trial, self.outline
         keeps_input = trial.keeps_input.get(input.dtype)
         if keeps_input is None or input.dim() not in trial.dims or input.shape[-1] % 2 or not input.is_contiguous():
@@ -74,13 +81,11 @@ class TriedGate(NamedTuple):
         return f"packed gate ({self.trial.form})"
 
 
-class _GateReader(CodeReader):
+class _GateReader(SizeIndependentReader):
     """Reads code that may take halves of a tensor, call activations among the module's children, and name numbers."""
 
     def __init__(self, module: nn.Module, trees: Mapping[types.FunctionType, ast.FunctionDef]) -> None:
-        super().__init__(module)
-        self._trees = trees
-        self._allowed_names = _NAMES
+        super().__init__(module, _NAMES, trees)
         self.activations: dict[str, str] = {}
         self._constants: list[Any] = []
 
@@ -93,18 +98,8 @@ class _GateReader(CodeReader):
         # No limit or offset is larger, and larger integers do not fit a float.
         return list(dict.fromkeys(v for v in values if type(v) in (int, float) and abs(v) <= _LARGEST))
 
-    def read_function(self, function: Any, own: bool = False) -> None:
-        super().read_function(function, own)
-        if has_type(function, types.FunctionType) and not is_torch_callable(function):
-            tree = self._trees.get(function)
-            if not (is_size_independent(function) if tree is None else is_tree_size_independent(tree)):
-                raise NotTriable("decides by what it is given, or takes parts of it that are not bounded by its shape")
-
     def check_constant(self, value: Any) -> None:
         self._constants.append(value)
-
-    def check_bounds(self, loads: Any) -> None:
-        pass  # `is_size_independent` checks them
 
     def read_attribute(self, name: str) -> None:
         if name in self.module._parameters:
@@ -181,10 +176,7 @@ def gate_of_method(
 @memoized
 def gate_of_function(function: Any) -> TriedGate | None:
     """The gate that a function of a file computes; None for any other value."""
-    if not may_be_gate(function, 0):
-        return None
-    is_importable = getattr(sys.modules.get(function.__module__), function.__name__, None) is function
-    if not is_importable:
+    if not may_be_gate(function, 0) or not is_importable(function):
         return None
     return _tried(nn.Module(), function, function, GateOutline((), ()))
 
@@ -217,36 +209,17 @@ def gated(gate: TriedGate, method: Callable[..., Any]) -> Callable[..., Any]:
     """The method, computed by the fused function where the operand is of a kind that was tried."""
 
     def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        output = _fused(gate, module, args, kwargs)
+        output = gate.of(module, args, kwargs)
         return method(module, *args, **kwargs) if output is None else output
 
     return call
-
-
-def replacing_gate(function: types.FunctionType) -> Callable[[Any], Any]:
-    """A function that maps `function` to its replacement, and any other callee to itself."""
-    gate, module = gate_of_function(function), nn.Module()
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        output = None if gate is None else _fused(gate, module, args, kwargs)
-        return function(*args, **kwargs) if output is None else output
-
-    return lambda called: call if called is function else called
 
 
 def gate_at_site(gate: TriedGate) -> Callable[[nn.Module, Any], list[Any]]:
     """The function that a rewritten method calls in place of a run of statements, as in `templates.guarded_call`."""
 
     def call(module: nn.Module, packed: Any) -> list[Any]:
-        output = _fused(gate, module, (packed,), {})
+        output = gate.of(module, (packed,), {})
         return [False] if output is None else [output, True]
 
     return call
-
-
-def _fused(gate: TriedGate, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    if len(args) != 1 or kwargs:
-        return None
-    input, kind = as_plain_tensor(args[0])
-    output = gate.of(module, input) if is_operand(input) else None
-    return output if output is None or kind is None else output.as_subclass(kind)

@@ -21,6 +21,8 @@ from .rule import Forward, Rule
 class Head(Rule):
     """The rule for a linear layer that returns logits which are computed when they are first read."""
 
+    description = "logits computed when first read"
+
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
         def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             operands = None
@@ -30,9 +32,6 @@ class Head(Rule):
             return original.forward(module, *args, **kwargs) if operands is None else logits_of(*operands)
 
         return {"forward": forward}
-
-    def __str__(self) -> str:
-        return "logits computed when first read"
 
 
 def heads_in(model: nn.Module, name: str | None) -> dict[str, nn.Module]:

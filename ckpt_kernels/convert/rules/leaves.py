@@ -16,12 +16,7 @@ _IN_BFLOAT16 = "not converted while its weights are bfloat16: takes none, or rou
 
 
 class LeafConverter:
-    """Converts modules one by one, and records each conversion in a report's lists and in `rules`.
-
-    Args:
-        selection: the modules that may be changed.
-        replaced, left_alone: the report's lists, which are appended to.
-    """
+    """Converts the selected modules one by one, and records each conversion in a report's lists and in `rules`."""
 
     def __init__(self, selection: Selection, replaced: list[Replaced], left_alone: list[LeftAlone]) -> None:
         self.selection = selection

@@ -5,7 +5,7 @@ import re
 
 from torch import nn
 
-from ..module_tree import has_children
+from ..module_tree import children_of
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # torch's elementwise activations.
@@ -21,7 +21,7 @@ _NAMED_EXPERTS = re.compile(r"expert|moe(?![a-z])", re.IGNORECASE)
 
 def looks_like_norm(module: nn.Module) -> bool:
     """Whether a module without children has a class named like a norm, or is one of torch's norms."""
-    return ("norm" in type(module).__name__.lower() or isinstance(module, NORMS)) and not has_children(module)
+    return ("norm" in type(module).__name__.lower() or isinstance(module, NORMS)) and not children_of(module)
 
 
 def looks_like_activation(module: nn.Module) -> bool:
@@ -29,14 +29,14 @@ def looks_like_activation(module: nn.Module) -> bool:
     activations."""
     name = type(module).__name__
     named = _NAMED_ACTIVATION.search(name) or _NAMED_GATE.search(name)
-    return (named is not None or isinstance(module, ACTIVATIONS)) and not has_children(module)
+    return (named is not None or isinstance(module, ACTIVATIONS)) and not children_of(module)
 
 
 def looks_like_several(module: nn.Module) -> str:
     """The kind of module, "a norm", "an activation", "a gate" or "experts", after which the class of a module with
     children is named; "" for none."""
     name = type(module).__name__
-    if not has_children(module) or type(module).__module__.startswith("torch.nn.modules."):
+    if not children_of(module) or type(module).__module__.startswith("torch.nn.modules."):
         return ""
     if _NAMED_EXPERTS.search(name):
         return "experts"

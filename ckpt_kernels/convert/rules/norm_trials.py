@@ -5,10 +5,10 @@ tried (see `trial`): outputs and gradients of a stand-in on small random inputs 
 norms. The name of the class does not count; the place of eps and the order of roundings do.
 """
 
+import functools
 import inspect
 import itertools
 import math
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,14 +18,24 @@ from torch import Tensor, nn
 
 from ... import nn as ours
 from ..attribute_loads import loads_plainly
-from ..code.call_graph import is_unpatched
 from ..code.memoization import memoized_for_good
 from ..code.snapshots import NotTriable
-from ..module_tree import has_children, tensors_of
+from ..module_tree import children_of, tensors_of
+from ..operands import has_forward_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import looks_like_norm
 from .norms import Case, Dtypes, Norm, RowNorm
-from .trial import CHANNELS, ROWS, InputRefused, Outline, forward_of, in_own_thread, outline_of, takes_one_argument
+from .trial import (
+    CHANNELS,
+    ROWS,
+    InputRefused,
+    Outline,
+    in_own_thread,
+    outline_of,
+    result_of,
+    takes_one_argument,
+    watching_saved_tensors,
+)
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -37,7 +47,6 @@ _RULES: dict[type[nn.Module], Norm] = {
     **dict.fromkeys(_BATCH_NORMS, BatchNorm()),
     **dict.fromkeys(_INSTANCE_NORMS, InstanceNorm()),
 }
-_FORWARDS = {kind: (kind.forward, kind.forward.__code__) for kind in _RULES if is_unpatched(kind.forward)}
 # The attributes that their forwards read.
 _READ = """affine bias elementwise_affine eps momentum normalized_shape num_batches_tracked num_channels num_features
     num_groups process_group running_mean running_var track_running_stats training weight""".split()
@@ -60,11 +69,10 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
     """The rule for the norm that a module computes, and ""; or None, and a reason if the module looks like a norm."""
     if isinstance(module, _OURS):
         return None, ""
-    kind = next((kind for kind, own in _FORWARDS.items() if isinstance(module, kind) and _runs(module, *own)), None)
-    if kind is not None and not loads_plainly(type(module), *_READ):
-        return None, "computes the settings that its forward reads"
-    if kind is not None:
-        return _RULES[kind], ""
+    for kind, rule in _RULES.items():
+        if isinstance(module, kind) and has_forward_of(type(module), kind):
+            is_plain = loads_plainly(type(module), *_READ)
+            return (rule, "") if is_plain else (None, "computes the settings that its forward reads")
     if not _may_be_row_norm(module):
         return None, "computes what none of our row norms computes" if looks_like_norm(module) else ""
     try:
@@ -76,27 +84,18 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
     return None, result if looks_like_norm(module) else ""
 
 
-def _runs(module: nn.Module, forward: Callable[..., Tensor], code: types.CodeType) -> bool:
-    """Whether the module's forward is that function, unchanged."""
-    return type(module).forward is forward and forward.__code__ is code
-
-
 def _may_be_row_norm(module: nn.Module) -> bool:
     """Whether a trial is worthwhile: for a leaf module outside torch.nn with at most two vectors of one length, whose
     class is named like a norm if there is no vector."""
     parameters = [p for p in module._parameters.values() if p is not None]
     if any(nn.parameter.is_lazy(p) or p.numel() < 2 for p in parameters):
         return False
-    leaf = not has_children(module) and takes_one_argument(type(module).forward)
-    vectors = len(parameters) <= 2 and all(p.numel() == max(p.shape, default=0) for p in parameters)
-    from_torch = type(module).__module__.startswith("torch.nn.modules.")
-    return (
-        leaf
-        and vectors
-        and len({p.numel() for p in parameters}) <= 1
-        and (bool(parameters) or looks_like_norm(module))
-        and not from_torch
-    )
+    if children_of(module) or not takes_one_argument(type(module).forward):
+        return False
+    if type(module).__module__.startswith("torch.nn.modules.") or not (parameters or looks_like_norm(module)):
+        return False
+    are_vectors = len(parameters) <= 2 and all(p.numel() == max(p.shape, default=0) for p in parameters)
+    return are_vectors and len({p.numel() for p in parameters}) <= 1
 
 
 @memoized_for_good
@@ -126,9 +125,8 @@ def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
 
 def _keeps_strides(outline: Outline) -> bool:
     """Whether the output of a transposed input is transposed; False where the output is contiguous."""
-    module = outline.stand_in(torch.float32, torch.Generator("cpu").manual_seed(0))
     input = torch.ones(_sizes(outline, False)[0], device="cpu").transpose(0, 1)
-    output = forward_of(module, input, ROWS, (-1,))
+    output = _output_of(outline.stand_in(torch.float32), False, input)
     if not output.is_contiguous() and output.stride() != input.stride():
         raise NotTriable("returns strides that none of our norms returns")
     return not output.is_contiguous()
@@ -148,20 +146,14 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
         epsilons = [1e-24 / max(shape.numel() for shape in outline.parameters.values())]
     wide = (Case(_WIDE, torch.float32, True, False),)
     shapes = tuple(outline.parameters.items())
+    has_maps = any(len(shape) > 1 for _, shape in shapes)
     for (weight, bias), eps, centered, first in itertools.product(coefficients, epsilons, (False, True), (False, True)):
-        if bias and not centered:
+        if (bias and not centered) or (has_maps and not first):
             continue
-        for offset, contiguous in itertools.product(
-            (0.0, 1.0) if weight and not centered else (0.0,), (False, True) if first else (False,)
-        ):
-            if not first and any(len(shape) > 1 for shape in outline.parameters.values()):
-                continue
+        offsets = (0.0, 1.0) if weight and not centered else (0.0,)
+        for offset, contiguous in itertools.product(offsets, (False, True) if first else (False,)):
             yield RowNorm(
-                centered,
-                weight,
-                bias,
-                eps,
-                offset,
+                *(centered, weight, bias, eps, offset),
                 channels_first=first,
                 settings=outline.settings,
                 code=outline.code,
@@ -187,17 +179,12 @@ def _cases_of(outline: Outline, rule: RowNorm) -> Iterator[Case]:
 
 def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes, requires_grad: bool) -> bool:
     """Whether autograd saves the input itself for the module's backward pass."""
-    module = outline.stand_in(dtypes[1], torch.Generator("cpu").manual_seed(0))
+    module = outline.stand_in(dtypes[1])
     input = torch.zeros(_sizes(outline, rule.channels_first)[0], dtype=dtypes[0], device="cpu")
     input.requires_grad_(requires_grad)
-    saved: list[int] = []
-
-    def pack(tensor: Tensor) -> None:
-        saved.append(tensor.untyped_storage()._cdata)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
-        _output_of(module, rule, input)
-    return input.untyped_storage()._cdata in saved
+    with watching_saved_tensors() as is_saved:
+        _output_of(module, rule.channels_first, input)
+    return is_saved(input)
 
 
 def _agrees(outline: Outline, rule: RowNorm) -> bool:
@@ -206,11 +193,12 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
     generator = torch.Generator("cpu").manual_seed(0)
     module = outline.stand_in(dtypes[1], generator)
     # One input has usual values, the other such small ones that the place of eps shows, in float32 at least.
-    small = min(1e-3, max(math.sqrt(_eps_of(outline, rule)), _SMALLEST)) if dtypes == _WIDE else 1e-3
+    eps: float = dict(outline.settings)[rule.eps] if isinstance(rule.eps, str) else rule.eps
+    small = min(1e-3, max(math.sqrt(eps), _SMALLEST)) if dtypes == _WIDE else 1e-3
     for sizes, scale in itertools.product(_sizes(outline, rule.channels_first), (1.0, small)):
         input = ((torch.randn(sizes, generator=generator, device="cpu") + 0.5) * scale).to(dtypes[0])
         try:
-            expected = _with_gradients(module, input, lambda x: _output_of(module, rule, x))
+            expected = _with_gradients(module, input, lambda x: _output_of(module, rule.channels_first, x))
             fused = _with_gradients(module, input, lambda x: rule.compute(module, x, "identity"))
             if expected[0].dtype != fused[0].dtype:
                 return False
@@ -224,15 +212,10 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
     return True
 
 
-def _eps_of(outline: Outline, rule: RowNorm) -> float:
-    return dict(outline.settings)[rule.eps] if isinstance(rule.eps, str) else rule.eps
-
-
-def _output_of(module: nn.Module, rule: RowNorm, input: Tensor) -> Tensor:
+def _output_of(module: nn.Module, channels_first: bool, input: Tensor) -> Tensor:
     """The stand-in's output, with the operations allowed that such a norm needs."""
-    if rule.channels_first:
-        return forward_of(module, input, CHANNELS, (1, -1))
-    return forward_of(module, input, ROWS, (-1,))
+    operations, dimensions = (CHANNELS, (1, -1)) if channels_first else (ROWS, (-1,))
+    return result_of(functools.partial(type(module).forward, module), input, operations, dimensions)
 
 
 def _sizes(outline: Outline, channels_first: bool) -> list[tuple[int, ...]]:

@@ -25,13 +25,10 @@ Operands = tuple[Tensor, Any, Tensor | None, Tensor | None, float]
 
 
 class Case(NamedTuple):
-    """Dtypes for which the fused norm computes the same as a module.
+    """Dtypes of input, weight and output for which the fused norm computes the same as a module.
 
-    Attributes:
-        dtypes: the dtypes of input and weight.
-        output: the dtype of the output.
-        keeps_input: whether eager torch saves an input that requires a gradient itself, and not a wider copy.
-        keeps_data: the same for an input that requires no gradient.
+    `keeps_input`: whether eager torch saves an input that requires a gradient itself, and not a wider copy;
+    `keeps_data`: the same for an input that requires no gradient.
     """
 
     dtypes: Dtypes

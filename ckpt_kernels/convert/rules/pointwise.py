@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...activations import FUNCTIONS, name_of
 from ..attribute_loads import LOADS_PLAINLY, is_set, loads_plainly, only_instances_define
-from ..code.call_graph import is_unpatched
 from ..code.code_objects import has_type
 from ..code.reachability import is_unchanged
 from ..code.settings import Settings
 from ..code.snapshots import CodeSnapshot, NotTriable
-from ..module_tree import has_children, tensors_of
+from ..module_tree import children_of, tensors_of
 from ..native_guards import ActivationGuard, Binding, ModuleGuard
-from ..operands import CALLS_FORWARD, HOOKS, is_called_plainly
+from ..operands import CALLS_FORWARD, FORWARDS, HOOKS, has_forward_of, is_called_plainly
 from ..swap import is_patched, original_of, rule_of
 from .activation_trials import TrialResult, activation_of_module
 from .likeness import looks_like_activation
@@ -36,12 +35,6 @@ _SETTINGS = (
 # Activations whose gradient needs only the output, which the next layer saves too: converting them saves no memory.
 KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
-# The forwards of torch's modules, and their code.
-_TORCHS = {
-    kind: (kind.forward, kind.forward.__code__)
-    for kind in vars(nn).values()
-    if isinstance(kind, type) and issubclass(kind, nn.Module) and is_unpatched(kind.forward)
-}
 
 
 @dataclass(frozen=True)
@@ -79,28 +72,26 @@ class ActivationRule(UnaryRule):
 class DropoutRule(UnaryRule):
     """The rule for `torch.nn.Dropout`, which keeps no mask. The random numbers differ from those of torch's dropout."""
 
+    description = "bias_act (dropout)"
+
     def apply(self, module: Any, input: Tensor) -> Tensor | None:
         p = _probability(module)
         if module.inplace is not False or module.training is not True or not p:
             return None
         return F.bias_act(input, dropout_p=p)
 
-    def __str__(self) -> str:
-        return "bias_act (dropout)"
-
 
 @dataclass(frozen=True)
 class GLURule(UnaryRule):
     """The rule for `torch.nn.GLU` over the last dimension."""
+
+    description = "packed_glu (sigmoid)"
 
     def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
         last = type(module.dim) is int and module.dim in (-1, input.dim() - 1)
         if not last or input.dim() == 0 or input.shape[-1] % 2:
             return None
         return F.packed_glu(input, activation="sigmoid", layout="value_first")
-
-    def __str__(self) -> str:
-        return "packed_glu (sigmoid)"
 
 
 def _probability(module: Any) -> float | None:
@@ -155,7 +146,7 @@ def activation_of(act: Any, made: bool = False, wide: bool = False) -> str | Non
 
 
 def _guard_of_torchs(kind: type[nn.Module], name: str) -> ActivationGuard:
-    forward, code = _TORCHS.get(kind, (None, None))
+    forward, code = FORWARDS.get(kind, (None, None))
     attributes = (("forward", forward), *CALLS_FORWARD, *LOADS_PLAINLY)
     guard = ModuleGuard(kind, attributes, ((kind.forward, "__code__", code),), _SETTINGS, HOOKS, ("forward",))
     return ActivationGuard(guard, (), name)
@@ -172,11 +163,9 @@ NATIVE_ACTIVATIONS: tuple[tuple[Any, str | ActivationGuard], ...] = (
 def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
     """Whether the module's very class is one of torch's, or `kind`, with torch's forward and plain attributes."""
     original = original_of(module)
-    if original not in _TORCHS or (kind is not None and original is not kind):
+    if (kind is not None and original is not kind) or not has_forward_of(original, original):
         return False
-    forward, code = _TORCHS[original]
-    is_torchs_forward = original.forward is forward and forward.__code__ is code
-    return is_torchs_forward and (only_instances_define(original, *_SETTINGS) or loads_plainly(original, *_SETTINGS))
+    return only_instances_define(original, *_SETTINGS) or loads_plainly(original, *_SETTINGS)
 
 
 def is_unmodified_torch(module: nn.Module, *names: str) -> bool:
@@ -192,9 +181,9 @@ def _named(module: nn.Module) -> tuple[TrialResult, Settings, CodeSnapshot | Non
             return TrialResult(), (), None
         plain = {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str) and k != "training"}
         return TrialResult(name), tuple(sorted(plain.items())), None
-    if any(True for _ in tensors_of(module)) or has_children(module):
-        return TrialResult(), (), None
-    if not takes_one_argument(type(module).forward) or type(module).forward is nn.Module.forward:
+    forward = type(module).forward
+    is_leaf = not any(True for _ in tensors_of(module)) and not children_of(module)
+    if not is_leaf or not takes_one_argument(forward) or forward is nn.Module.forward:
         return TrialResult(), (), None
     outline = outline_of(module, gradients=True)
     return activation_of_module(outline), outline.settings, outline.code

@@ -14,7 +14,12 @@ Forward = Callable[..., Any]
 
 
 class Rule(abc.ABC):
-    """Replacements for some methods of a class. A rule is hashable and picklable."""
+    """Replacements for some methods of a class. A rule is hashable and picklable.
+
+    `description` says, for people, what the module computes with.
+    """
+
+    description = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -33,7 +38,7 @@ class Rule(abc.ABC):
         return None
 
     def __str__(self) -> str:
-        return type(self).__name__
+        return self.description
 
 
 class UnaryRule(Rule):
@@ -63,8 +68,7 @@ class UnaryRule(Rule):
 class ContextOnly(Rule):
     """A rule that replaces nothing, for modules that are converted only to put contexts around the forward."""
 
+    description = "forward pass within discard_outputs"
+
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
         return {}
-
-    def __str__(self) -> str:
-        return "forward pass within discard_outputs"

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..code.memoization import memoized
 from ..code.reachability import read_forward
@@ -53,12 +53,8 @@ class InputRefused(NotTriable):
 class Outline(NamedTuple):
     """The parts of a module that a stand-in is made from.
 
-    Attributes:
-        kind: the class.
-        forward: the class's forward.
-        code: all code and globals that the forward reaches.
-        settings: the plain attributes that the forward reads.
-        shapes: names and shapes of the parameters; None for a parameter that is None.
+    These are the class and its forward, all code and globals that the forward reaches, the plain attributes that it
+    reads, and the names and shapes of the parameters, None for a parameter that is None.
     """
 
     kind: type[nn.Module]
@@ -72,8 +68,9 @@ class Outline(NamedTuple):
         """Names and shapes of the parameters that are not None."""
         return {name: shape for name, shape in self.shapes if shape is not None}
 
-    def stand_in(self, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
+    def stand_in(self, dtype: torch.dtype, generator: torch.Generator | None = None) -> nn.Module:
         """A module with random parameters of that dtype, on the CPU."""
+        generator = generator or torch.Generator("cpu").manual_seed(0)
         module = object.__new__(self.kind)
         module.__dict__.update(nn.Module().__dict__ | dict(self.settings))
         for name, shape in self.shapes:
@@ -113,20 +110,8 @@ class _AllowedOperations(TrialMode):
         self._allowed = allowed
         self._dimensions = dimensions
         self._of_parts = of_parts
-        self._is_suspended = False
-
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Allows all operations, for a function that torch composes of several where no single kernel exists."""
-        self._is_suspended = True
-        try:
-            yield
-        finally:
-            self._is_suspended = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._is_suspended:
-            return func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotTriable("draws random numbers")
         if torch.Tag.data_dependent_output in func.tags:
@@ -149,25 +134,22 @@ class _AllowedCalls(TorchFunctionMode):
     """Ends the trial where code reads the name of a tensor's type, which depends on the device, or casts to more than a
     dtype, for example to a device."""
 
-    def __init__(self, operations: _AllowedOperations) -> None:
-        super().__init__()
-        self._operations = operations
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.type or func is torch.Tensor.to:
+        if func is Tensor.type or func is Tensor.to:
             arguments = (*args[1:], *(kwargs or {}).values())
             if not arguments or not all(isinstance(value, _CAST_TO) for value in arguments):
                 raise NotTriable("reads the type of its input, or casts to more than a dtype")
         if func is nn.functional.rms_norm:
-            tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
+            tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
             if len({tensor.dtype for tensor in tensors}) > 1:
                 raise InputRefused("takes an input and a weight of two dtypes")
-            with self._operations.suspended():
+            # Torch composes the function of several operations where no single kernel exists.
+            with _disable_current_modes():
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-_CAST_TO = (torch.dtype, torch.Tensor, bool)
+_CAST_TO = (torch.dtype, Tensor, bool)
 
 
 def _is_whole(dimension: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
@@ -189,36 +171,39 @@ def in_own_thread(trial: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
-def forward_of(
-    module: nn.Module, input: torch.Tensor, allowed: frozenset[str], dimensions: tuple[int, ...] = ()
-) -> torch.Tensor:
-    """The stand-in's output; raises NotTriable where an operation is not allowed or the output is no tensor.
+@contextlib.contextmanager
+def watching_saved_tensors() -> Iterator[Callable[[Tensor], bool]]:
+    """A context with a function that tells whether autograd has saved the storage of a tensor within the context."""
+    storages: set[int] = set()
 
-    Args:
-        module: the stand-in.
-        input: the input.
-        allowed: names of the allowed operations.
-        dimensions: the dimensions over which reductions are allowed.
-    """
-    return result_of(functools.partial(type(module).forward, module), input, allowed, dimensions)
+    def pack(tensor: Tensor) -> Tensor:
+        storages.add(tensor.untyped_storage()._cdata)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        yield lambda tensor: tensor.untyped_storage()._cdata in storages
 
 
 def result_of(
-    function: Callable[[torch.Tensor], Any],
-    input: torch.Tensor,
+    function: Callable[[Tensor], Any],
+    input: Tensor,
     allowed: frozenset[str],
     dimensions: tuple[int, ...] = (),
     of_parts: bool = False,
-) -> torch.Tensor:
-    """`forward_of` for a function of one tensor, or `of_parts` of it, which may be clamped."""
+) -> Tensor:
+    """The function of a tensor, or `of_parts` of it, which may be clamped.
+
+    Raises NotTriable where an operation is not among the `allowed` names, a reduction is over other `dimensions`, or
+    the result is no tensor.
+    """
     try:
-        with _AllowedOperations(allowed, dimensions, of_parts) as operations, _AllowedCalls(operations):
+        with _AllowedOperations(allowed, dimensions, of_parts), _AllowedCalls():
             output = function(input)
     except NotTriable:
         raise
     except Exception as error:
         raise InputRefused(f"fails on a tensor of {tuple(input.shape)}") from error
-    if type(output) is not torch.Tensor:
+    if type(output) is not Tensor:
         raise NotTriable("returns something else than a tensor")
     return output
 

@@ -1,0 +1,150 @@
+"""The recomputation of a checkpointed layer finds the layer's modules as the first pass did, and leaves them as they
+are."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+
+WIDTH = 8
+
+
+class Layer(nn.Module):
+    """A layer whose result depends on all that a module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.calls, self.factor, self.mode = 0, 0.5, "tanh"
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        hidden = self.norm(self.first(x)).tanh() if self.mode == "tanh" else self.first(x)
+        if not hasattr(self, "table"):
+            self.table = torch.arange(WIDTH, dtype=x.dtype).cos()
+        return self.second(hidden * self.factor * self.table + self.mean).sin() * self.calls
+
+
+def made(level: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(Layer(), Layer()).double()
+    for layer in model:
+        layer.handle = layer.second.register_forward_hook(lambda module, args, output: 2 * output)
+    if level != "eager":
+        ckpt_kernels.convert(model, recompute={"*": level})
+    return model
+
+
+def replace_parameter(layer: nn.Module) -> None:
+    layer.first.weight = nn.Parameter(torch.zeros_like(layer.first.weight))
+
+
+def replace_child(layer: nn.Module) -> None:
+    layer.first = nn.Linear(WIDTH, WIDTH).double()
+
+
+def remove_child(layer: nn.Module) -> None:
+    del layer.second
+
+
+def replace_buffer(layer: nn.Module) -> None:
+    layer.mean = torch.ones_like(layer.mean)
+
+
+def change_number(layer: nn.Module) -> None:
+    layer.factor = 3.0
+
+
+def change_string(layer: nn.Module) -> None:
+    layer.mode = "linear"
+
+
+def remove_hook(layer: nn.Module) -> None:
+    layer.handle.remove()
+
+
+def add_hook(layer: nn.Module) -> None:
+    layer.norm.register_forward_pre_hook(lambda module, args: (3 * args[0],))
+
+
+def evaluate(layer: nn.Module) -> None:
+    layer.eval()
+
+
+def freeze(layer: nn.Module) -> None:
+    layer.first.weight.requires_grad_(False)
+
+
+def convert_again(layer: nn.Module) -> None:
+    if ckpt_kernels.is_converted(layer):
+        ckpt_kernels.convert(layer, recompute="block")
+
+
+def keep(layer: nn.Module) -> None:
+    pass
+
+
+CHANGES = (
+    replace_parameter,
+    replace_child,
+    remove_child,
+    replace_buffer,
+    change_number,
+    change_string,
+    remove_hook,
+    add_hook,
+    evaluate,
+    freeze,
+    convert_again,
+    keep,
+)
+
+
+def gradients(model: nn.Module, change: Callable[[nn.Module], None]) -> list[Tensor]:
+    """The gradients of two steps. Between the passes of the second the layers are changed."""
+    x = torch.linspace(-1, 1, 4 * WIDTH, dtype=torch.float64).sin().view(4, WIDTH).requires_grad_()
+    model(x).sum().backward()
+    parameters = list(model.parameters())
+    y = model(x)
+    for layer in model:
+        change(layer)
+    y.square().sum().backward()
+    return [x.grad, *(p.grad for p in parameters)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_between_the_passes_do_not_change_gradients(change: Callable[[nn.Module], None]) -> None:
+    models = made("eager"), made("checkpoint")
+    expected, found = (gradients(model, change) for model in models)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for original, converted in zip(*models, strict=True):
+        for name in ("calls", "factor", "mode", "training"):
+            assert getattr(converted, name) == getattr(original, name)
+        for name in ("_parameters", "_buffers", "_modules", "_forward_hooks"):
+            assert getattr(converted, name).keys() == getattr(original, name).keys()
+        torch.testing.assert_close(dict(converted.named_buffers()), dict(original.named_buffers()))
+
+
+def test_parameters_of_a_functional_call() -> None:
+    def derived(level: str) -> list[Tensor]:
+        model = made(level)
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        parameters = {name: p.detach() * scale for name, p in model.named_parameters()}
+        x = torch.ones(4, WIDTH, dtype=torch.float64).cumsum(0)
+        y = torch.func.functional_call(model, parameters, (x,))
+        return list(torch.autograd.grad(y.square().sum(), [scale, *parameters.values()], allow_unused=True))
+
+    torch.testing.assert_close(derived("checkpoint"), derived("eager"), rtol=1e-10, atol=1e-10)
+
+
+def test_other_memory_of_a_parameter_is_an_error() -> None:
+    model = made("checkpoint")
+    y = model(torch.ones(4, WIDTH, dtype=torch.float64).cumsum(0))
+    model[0].first.weight.data = torch.zeros_like(model[0].first.weight)
+    with pytest.raises(RuntimeError, match=r"a parameter of a checkpointed layer.*other memory"):
+        y.sum().backward()
