@@ -242,6 +242,44 @@ def test_row_norms_of_any_strides_run_by_a_plan(counted: Counted, strides: str, 
     assert all(map(torch.equal, found, expected)) and [t.stride() for t in found] == [t.stride() for t in expected]
 
 
+MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "planes": Tensor.contiguous,
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "some channels": lambda t: torch.cat([t, t], 1)[:, :4],
+}
+BLOCKS_OF_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda t: functional.bias_act(t, activation="silu"),
+    "relu": lambda t: functional.bias_act(t, activation="relu"),
+    "a group norm": lambda t: functional.group_norm(t, 2, activation="silu"),
+}
+
+
+@pytest.mark.parametrize("of_gradient", MAPS)
+@pytest.mark.parametrize("maps", MAPS)
+@pytest.mark.parametrize("block", BLOCKS_OF_MAPS)
+def test_blocks_of_maps_in_any_layout_give_the_bits_of_the_full_path(
+    counted: Counted, block: str, maps: str, of_gradient: str
+) -> None:
+    x, grad = torch.randn(2, 4, 5, 3), torch.randn(2, 4, 5, 3)
+    weight = torch.randn(3, 2, requires_grad=True)
+    call = BLOCKS_OF_MAPS[block]
+    call(x)  # makes the plan
+
+    def step() -> list[Tensor]:
+        input = MAPS[maps](x).requires_grad_()
+        with recompute.discard_outputs():
+            output = call(input)
+            product = output @ weight
+        (read,) = torch.autograd.grad(product.sum(), weight, retain_graph=True)
+        return [output, read, *torch.autograd.grad(output, input, MAPS[of_gradient](grad))]
+
+    found = step()
+    assert counted.served == (maps == "planes" or (maps == "channels last" and block != "a group norm"))
+    with full_path():
+        expected = step()
+    assert all(map(torch.equal, found, expected)) and [t.stride() for t in found] == [t.stride() for t in expected]
+
+
 def test_errors_are_those_of_the_full_path() -> None:
     norm, x = layer()
     norm.weight = nn.Parameter(torch.ones(1, 64))
