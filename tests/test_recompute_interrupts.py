@@ -123,3 +123,15 @@ def test_hooks_that_are_left_open_stay_the_innermost() -> None:
     with recompute.discard_outputs():
         pass
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def test_the_same_hooks_are_opened_again_within() -> None:
+    top = torch._C._autograd._top_saved_tensors_default_hooks
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with hooks:
+        with recompute.discard_outputs():
+            hooks.__enter__()
+        assert top(True) == (hooks.pack_hook, hooks.unpack_hook)
+        hooks.__exit__()
+        assert top(True) == (hooks.pack_hook, hooks.unpack_hook)
+    assert top(True) is None

@@ -1,6 +1,8 @@
 """The recomputation of a checkpointed layer finds the layer's modules as the first pass did, and leaves them as they
 are."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +21,7 @@ class Layer(nn.Module):
         super().__init__()
         self.first, self.norm, self.second = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)
         self.register_buffer("mean", torch.zeros(WIDTH))
+        self.parts = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Softplus())
         self.calls, self.factor, self.mode = 0, 0.5, "tanh"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,6 +30,7 @@ class Layer(nn.Module):
         hidden = self.norm(self.first(x)).tanh() if self.mode == "tanh" else self.first(x)
         if not hasattr(self, "table"):
             self.table = torch.arange(WIDTH, dtype=x.dtype).cos()
+        hidden = self.parts(hidden)
         return self.second(hidden * self.factor * self.table + self.mean).sin() * self.calls
 
 
@@ -50,6 +54,11 @@ def replace_child(layer: nn.Module) -> None:
 
 def remove_child(layer: nn.Module) -> None:
     del layer.second
+
+
+def reorder_children(layer: nn.Module) -> None:
+    first = layer.parts._modules.pop("0")
+    layer.parts._modules["0"] = first
 
 
 def replace_buffer(layer: nn.Module) -> None:
@@ -93,6 +102,7 @@ CHANGES = (
     replace_parameter,
     replace_child,
     remove_child,
+    reorder_children,
     replace_buffer,
     change_number,
     change_string,
@@ -148,3 +158,46 @@ def test_other_memory_of_a_parameter_is_an_error() -> None:
     model[0].first.weight.data = torch.zeros_like(model[0].first.weight)
     with pytest.raises(RuntimeError, match=r"a parameter of a checkpointed layer.*other memory"):
         y.sum().backward()
+
+
+class Remembering(nn.Module):
+    """Stores a tensor with a graph that the loss does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.unused: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).sin()
+        self.unused = y.exp()
+        return y
+
+
+def test_calls_do_not_hold_the_graphs_of_earlier_calls() -> None:
+    model = nn.Sequential(Remembering())
+    ckpt_kernels.convert(model, recompute={"0": "checkpoint"})
+    graphs = []
+    for _ in range(4):
+        model(torch.ones(2, WIDTH)).sum().backward()
+        graphs.append(weakref.ref(model[0].unused))
+    gc.collect()
+    assert [graph() is not None for graph in graphs] == [False, False, False, True]
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (2 * x).sin()
+
+
+def test_a_layer_with_a_scripted_child() -> None:
+    def derived(level: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        scripted = torch.jit.script(Doubled())
+        for _ in range(3):  # the first runs of scripted code save other tensors
+            scripted(torch.ones(2, WIDTH, requires_grad=True)).sum().backward()
+        model = nn.Sequential(nn.Sequential(nn.Linear(WIDTH, WIDTH), scripted, nn.Linear(WIDTH, WIDTH)))
+        ckpt_kernels.convert(model, recompute={"0": level})
+        return list(torch.autograd.grad(model(torch.ones(2, WIDTH)).sum(), list(model.parameters())))
+
+    torch.testing.assert_close(derived("checkpoint"), derived("none"))

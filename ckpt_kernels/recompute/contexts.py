@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from .. import backends
 from . import fast_path, nodes
-from .active import discarding, innermost, seekers, thread, top_hooks
+from .active import discarding, has_innermost_hooks, innermost, seekers, thread, top_hooks
 from .announcements import Announced
 from .cells import Cell, Kept, empty_of
 from .discarder import Discarder
@@ -137,6 +137,10 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
         # Hooks that were opened before and closed within, in another call, have removed these hooks in place of theirs.
         if outer is not None and pushed_by == threading.get_ident() and _are_same(top_hooks(), outer):
             hooks._pop_saved_tensors_default_hooks()
+            # Unless the same functions were pushed once more within, and stay.
+            if has_innermost_hooks(discarder):
+                hooks._pop_saved_tensors_default_hooks()
+                hooks._push_saved_tensors_default_hooks(*outer)
         while _has_closed_hooks():
             hooks._pop_saved_tensors_default_hooks()
 
