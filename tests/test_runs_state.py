@@ -2,6 +2,7 @@
 are."""
 
 import gc
+import types
 import weakref
 from collections.abc import Callable
 
@@ -185,6 +186,41 @@ def test_calls_do_not_hold_the_graphs_of_earlier_calls() -> None:
     assert [graph() is not None for graph in graphs] == [False, False, False, True]
     # A graph that refers to the module itself is a cycle through C++, which Python cannot collect.
     model[0].unused = None
+
+
+class WithConfig(nn.Module):
+    """Holds an object, and a buffer with a graph, which a state does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.config = nn.Linear(WIDTH, WIDTH), types.SimpleNamespace(scale=2.0)
+        self.register_buffer("other", torch.ones(WIDTH))
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x * self.config.scale).sin() * self.other
+        self.last = y.exp()
+        return y
+
+
+@pytest.mark.parametrize("change", ["nothing", "number", "buffer"])
+def test_values_that_a_state_does_not_hold_are_as_before(change: str) -> None:
+    model = nn.Sequential(WithConfig())
+    ckpt_kernels.convert(model, recompute={"0": "checkpoint"})
+    x = torch.ones(2, WIDTH)
+    model(x).sum().backward()
+    layer = model[0]
+    layer.register_buffer("graph", layer.linear.weight.sum())
+    y = model(x)
+    last, config, other = layer.last, layer.config, layer.other
+    if change == "number":
+        layer.number = 3
+    elif change == "buffer":
+        del layer.graph
+    y.sum().backward()
+    assert layer.last is last and layer.config is config and layer.other is other
+    assert getattr(layer, "number", 3) == 3 and hasattr(layer, "graph") is (change != "buffer")
+    layer.last = None
 
 
 class Doubled(nn.Module):

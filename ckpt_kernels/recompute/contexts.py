@@ -134,15 +134,28 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
         discarder.is_closed = True
         innermost()
         discarder.close()
-        # Hooks that were opened before and closed within, in another call, have removed these hooks in place of theirs.
-        if outer is not None and pushed_by == threading.get_ident() and _are_same(top_hooks(), outer):
-            hooks._pop_saved_tensors_default_hooks()
-            # Unless the same functions were pushed once more within, and stay.
-            if has_innermost_hooks(discarder):
-                hooks._pop_saved_tensors_default_hooks()
-                hooks._push_saved_tensors_default_hooks(*outer)
+        if pushed_by == threading.get_ident() and hooks._saved_tensors_hooks_is_enabled():
+            _remove_hooks(discarder, outer)
         while _has_closed_hooks():
             hooks._pop_saved_tensors_default_hooks()
+
+
+def _remove_hooks(discarder: Discarder, outer: tuple[Any, Any] | None) -> None:
+    """Removes the hooks of a context, below those that were opened within and stay open.
+
+    If they are gone, hooks that were opened before, `outer`, and closed within have removed them in place of their own.
+    """
+    hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
+    inner: list[tuple[Any, Any]] = []
+    while not has_innermost_hooks(discarder) and (top := top_hooks()) is not None:
+        inner.append(top)
+        hooks._pop_saved_tensors_default_hooks()
+    if has_innermost_hooks(discarder):
+        hooks._pop_saved_tensors_default_hooks()
+    elif inner and outer is not None and inner[0][0] is outer[0] and inner[0][1] is outer[1]:
+        del inner[0]
+    for pair in reversed(inner):
+        hooks._push_saved_tensors_default_hooks(*pair)
 
 
 def _has_closed_hooks() -> bool:
@@ -150,10 +163,6 @@ def _has_closed_hooks() -> bool:
     top = top_hooks()
     owner = None if top is None else getattr(top[0], "__self__", None)
     return isinstance(owner, Discarder) and owner.is_closed
-
-
-def _are_same(hooks: tuple[Any, Any] | None, others: tuple[Any, Any]) -> bool:
-    return hooks is not None and hooks[0] is others[0] and hooks[1] is others[1]
 
 
 def use_library(thin: Any) -> None:

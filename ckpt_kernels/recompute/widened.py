@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .active import discarding, top_hooks
+from .cells import version_error
 from .small_operands import fills_memory
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -19,16 +20,23 @@ def narrow_copy(tensor: Tensor) -> Tensor | None:
 
     None for any other tensor.
     """
+    return tensor.detach().to(_dtype_before(tensor)) if _is_copy(tensor) and fills_memory(tensor) else None
+
+
+def _is_copy(tensor: Tensor) -> bool:
+    if tensor.dtype is not torch.float32 or type(tensor) is not Tensor or tensor._version:
+        return False
+    # A tangent would be lost.
+    return torch.autograd.forward_ad._current_level < 0 and _dtype_before(tensor) in _NARROW
+
+
+def _dtype_before(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that a tensor was cast from, if a cast made the tensor."""
     node: Any = tensor.grad_fn
-    if tensor.dtype is not torch.float32 or node is None or node.name() != "ToCopyBackward0":
+    if node is None or node.name() != "ToCopyBackward0":
         return None
     maker, output = node.next_functions[0]
-    dtype = None if maker is None else maker._input_metadata[output].dtype
-    # A tangent would be lost.
-    is_differentiated = torch.autograd.forward_ad._current_level >= 0
-    if dtype not in _NARROW or is_differentiated or type(tensor) is not Tensor or tensor._version:
-        return None
-    return tensor.detach().to(dtype) if fills_memory(tensor) else None
+    return None if maker is None else maker._input_metadata[output].dtype
 
 
 def widened(copy: Tensor) -> Tensor:
@@ -48,19 +56,24 @@ class _Packed(NamedTuple):
         return widened(tensor) if self.is_narrow else tensor
 
 
-def _unpacked(kept: Tensor) -> Tensor:
-    return kept
+def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
+    # Detached, because a node that keeps its own output would keep itself alive. The version counter is shared.
+    return tensor.detach(), tensor._version
 
 
-def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach()
+def _if_unwritten(kept: tuple[Tensor, int]) -> Tensor:
+    """The tensor, if it has not been written to since: torch checks no versions under hooks."""
+    tensor, version = kept
+    if tensor._version != version:
+        raise version_error(f"{tensor.dtype} {tuple(tensor.shape)}", tensor._version, version)
+    return tensor
 
 
 def is_widened(input: Tensor) -> bool:
-    """Whether a tensor may be a float32 copy of a 16-bit tensor that a block keeps for the gradient."""
-    if input.dtype is not torch.float32 or torch.compiler.is_compiling() or input.grad_fn is None:
+    """Whether a tensor is a float32 copy of a 16-bit tensor, which a block keeps for the gradient in 16 bits."""
+    if input.dtype is not torch.float32 or input.grad_fn is None or torch.compiler.is_compiling():
         return False
-    return input.grad_fn.name() == "ToCopyBackward0" and torch.is_grad_enabled()
+    return torch.is_grad_enabled() and _is_copy(input)
 
 
 def keeping_narrow() -> AbstractContextManager[Any]:
@@ -73,7 +86,7 @@ def keeping_narrow() -> AbstractContextManager[Any]:
     is_traced = torch._C._get_tracing_state() is not None
     if is_traced or not hooks._saved_tensors_hooks_is_enabled() or discarding() is not None:
         return contextlib.nullcontext()
-    pack_outer, unpack_outer = top_hooks() or (_detached, _unpacked)
+    pack_outer, unpack_outer = top_hooks() or (_with_version, _if_unwritten)
 
     def pack(tensor: Tensor) -> _Packed:
         narrow = narrow_copy(tensor)

@@ -44,14 +44,18 @@ class ModuleStates:
     Args:
         modules: the modules.
         parameters: the parameters of these modules.
-        copy_of: copies a dict of attributes.
+        copy_of: copies a dict of attributes or buffers.
     """
 
     __slots__ = ("_attributes", "_containers", "_kinds", "_modules", "_parameters", "_require_gradients")
 
     def __init__(
-        self, modules: Sequence[nn.Module], parameters: Sequence[Tensor], copy_of: Callable[[Values], Values]
+        self,
+        modules: Sequence[nn.Module],
+        parameters: Sequence[Tensor],
+        copy_of: Callable[[Values], Values] | None = None,
     ) -> None:
+        copy_of = _lasting_copy if copy_of is None else copy_of
         self._modules, self._kinds = modules, list(map(type, modules))
         self._parameters, self._require_gradients = parameters, list(map(_requires_grad, parameters))
         # Each dict with a copy.
@@ -68,7 +72,7 @@ class ModuleStates:
                     self._containers.append((container, copy))
 
     def are_current(self) -> bool:
-        """Whether the modules still have this state."""
+        """Whether the modules still have this state, whatever the values that are not held."""
         return (
             _are_same_dicts(self._attributes)
             and _are_same_dicts(self._containers)
@@ -83,10 +87,10 @@ class ModuleStates:
         for now, before in self._containers:
             _restore(now, before)
             # Another thread may read the dict, which therefore is emptied only to restore the order.
-            if list(now) != list(before):
-                values = now.copy()
+            values = {name: now[name] for name in before if name in now}
+            if list(now) != list(values):
                 now.clear()
-                now.update((name, values[name]) for name in before)
+                now.update(values)
         for module, kind in zip(self._modules, self._kinds, strict=True):
             if type(module) is not kind:
                 object.__setattr__(module, "__class__", kind)
@@ -97,24 +101,38 @@ class ModuleStates:
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """A context in which the modules have this state; afterwards the present one returns, whatever runs within."""
-        # The values that this state does not hold make it another one.
-        now = self if self.are_current() else ModuleStates(self._modules, self._parameters, dict.copy)
-        if now is not self:
-            self.restore()
+        if self.are_current():
+            # The present values that this state does not hold.
+            others = [
+                (now, now.copy()) for now, before in self._attributes + self._containers if _holds_not_all(before)
+            ]
+            try:
+                yield
+            finally:
+                if not (self.are_current() and _are_same_dicts(others)):
+                    self.restore()
+                    for now, before in others:
+                        _restore(now, before)
+            return
+        present = ModuleStates(self._modules, self._parameters, dict.copy)
         try:
+            self.restore()
             yield
         finally:
-            if not now.are_current():
-                now.restore()
+            present.restore()
 
 
-def lasting_copy(values: Values) -> Values:
-    """A copy of a dict of attributes, with a mark for the values that a lasting state does not hold."""
+def _lasting_copy(values: Values) -> Values:
+    """A copy of a dict of attributes, with `_NOT_HELD` for values that may hold a graph."""
     copy = values.copy()
     for name, value in values.items():
         if type(value) not in _PLAIN and name not in _OF_TORCH and (not isinstance(value, Tensor) or value.grad_fn):
             copy[name] = _NOT_HELD
     return copy
+
+
+def _holds_not_all(before: Values) -> bool:
+    return any(value is _NOT_HELD for value in before.values())
 
 
 def _restore(now: Values, before: Values) -> None:
@@ -126,13 +144,14 @@ def _restore(now: Values, before: Values) -> None:
 
 
 def _are_same_dicts(pairs: list[tuple[Values, Values]]) -> bool:
-    """Whether each dict has the names of its copy, in the same order, and the same values, all of which are held."""
+    """Whether each dict has the names of its copy, in the same order, and the values that the copy holds."""
     if direct.thin_module is not None:
-        return direct.thin_module.are_same_dicts(pairs)
-    return all(_have_same_items(now, before) for now, before in pairs)
+        return direct.thin_module.are_same_dicts(pairs, _NOT_HELD)
+    return all(_has_items_of(now, before) for now, before in pairs)
 
 
-def _have_same_items(now: Values, before: Values) -> bool:
+def _has_items_of(now: Values, before: Values) -> bool:
     if len(now) != len(before):
         return False
-    return all(a == c and b is d for (a, b), (c, d) in zip(now.items(), before.items(), strict=True))
+    items = zip(now.items(), before.items(), strict=True)
+    return all(a == c and (b is d or d is _NOT_HELD) for (a, b), (c, d) in items)
