@@ -254,8 +254,7 @@ def compared(model: nn.Module, eager: nn.Module, x: Tensor) -> int:
 def test_methods_of_the_module_are_activations(level: str, rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = HelperGate().to(DEVICE)
     eager = copy.deepcopy(model)
-    report = ckpt_kernels.convert(model, recompute=level)
-    assert "gate" in report.replaced[0].by
+    ckpt_kernels.convert(model, recompute=level)
     units = {"block": 13, "output": 9}[level]
     assert compared(model, eager, rows) == units * rows.nbytes
     # The setting, the method of the object and that of the class are read at each call.
@@ -287,7 +286,7 @@ def test_a_method_of_the_converted_class_may_be_patched(rows: Tensor) -> None:
 def test_a_device_may_decide(kind: type[HelperGate], rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = kind().to(DEVICE)
     eager = copy.deepcopy(model)
-    assert "gate" not in ckpt_kernels.convert(model).replaced[0].by
+    ckpt_kernels.convert(model)
     monkeypatch.setattr(AsksForADeviceOfItsOwn, "device", torch.device("mps"))
     compared(model, eager, rows)
 

@@ -33,7 +33,10 @@ def live_code(function: types.FunctionType) -> tuple[types.CodeType, list[Bindin
     try:
         definition = definition_of(function)
         tensors -= {n.id for n in ast.walk(definition.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        tree = _DeadBranchRemover(false_functions, tensors).visit(copy.deepcopy(definition.tree))
+        remover = _DeadBranchRemover(false_functions, tensors)
+        if not any(isinstance(node, ast.If) and remover.is_dead(node.test) for node in ast.walk(definition.tree)):
+            return function.__code__, []
+        tree = remover.visit(copy.deepcopy(definition.tree))
         return rebuilt(function, definition._replace(tree=tree), {}).__code__, assumptions
     except NoSource:
         return function.__code__, []
@@ -62,12 +65,13 @@ class _DeadBranchRemover(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> Any:
         self.generic_visit(node)
-        test = node.test
+        return (node.orelse or ast.copy_location(ast.Pass(), node)) if self.is_dead(node.test) else node
+
+    def is_dead(self, test: ast.expr) -> bool:
+        """Whether a condition, or the first of several that all must hold, is false."""
         if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
             test = test.values[0]
-        if self._is_false_call(test) or self._names_other_device(test):
-            return node.orelse or ast.copy_location(ast.Pass(), node)
-        return node
+        return self._is_false_call(test) or self._names_other_device(test)
 
     def _is_false_call(self, test: ast.expr) -> bool:
         if not isinstance(test, ast.Call) or test.args or test.keywords or not isinstance(test.func, ast.Name):
