@@ -35,7 +35,6 @@ from ..swap import is_plain_method
 from .callable_objects import method_called
 from .formulas import VALUE, Formula, formula_of
 from .gate_runs import gate_run_roles
-from .method_products import activating_roles
 from .note_reasons import ADAPTER, BIASED, noted_roles
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
 from .rewrite import rewritten_method
@@ -191,7 +190,6 @@ def _roles(
             roles[text] = role
     if module is not None:
         roles |= gate_run_roles(module, function)
-        roles |= activating_roles(module, dict(_methods(type(module))), loads, scope.self_name)
     return tuple(sorted(roles.items()))
 
 

@@ -13,7 +13,6 @@ import ast
 import contextlib
 import copy
 import itertools
-import operator
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -36,13 +35,12 @@ from .callable_objects import replacing_call
 from .fused_patterns import PATTERNS
 from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
-from .method_products import factors, product_with_method
 from .native_sites import native_site
 from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
 from .noted_operations import NOTED_CASTS, NOTED_FUNCTIONS, NOTED_OPERATORS, noted_cast, noted_function, noted_operator
 from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, exchanging, replacement_for
-from .roles import ACTIVATING, MethodRoles, Role, Roles
+from .roles import MethodRoles, Role, Roles
 from .run_matching import RunMatch, run_matches
 from .templates import guarded_call
 
@@ -173,10 +171,6 @@ class _Rewriter:
             match = next(matches(self.reader, tree, None, tree), None)
             if match is not None:
                 return self._fused_expression(match)
-        if (parts := factors(tree, self._is_activating)) is not None:
-            self.descriptions.append("value * act(gate)")
-            compute = noted_operator(operator.mul) if self.makes_notes else operator.mul
-            return at(tree, ast.Call(self._cell(product_with_method(compute)), self._rewrite(parts), []))
         changed: Any = with_changed_children(tree, self._rewrite)
         if isinstance(tree, ast.Call) and (role := self.reader.role(tree.func)).kind:
             changed.func = self._replaced_callee(tree, role)
@@ -185,9 +179,6 @@ class _Rewriter:
         if self.recompute == "layer" and is_indexed_by_list(tree):
             return self._watched(tree, changed)
         return self._noted(changed)
-
-    def _is_activating(self, callee: ast.expr) -> bool:
-        return self.reader.role(callee).kind == ACTIVATING
 
     def _watched(self, location: ast.AST, tree: ast.expr) -> ast.expr:
         self.has_notes = True
