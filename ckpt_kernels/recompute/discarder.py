@@ -245,7 +245,7 @@ class Discarder(State):
         # A recomputed copy would lose the tangent.
         if tensor.dtype != root.dtype or torch.autograd.forward_ad._current_level >= 0:
             return None
-        trace = Trace(self, rules, self._temporaries, root.nbytes // COPIED)
+        trace = Trace(self, rules, self.temporaries, root.nbytes // COPIED)
         version = root._version
         if not version:
             trace.learn_operands(node)

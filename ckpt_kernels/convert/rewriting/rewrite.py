@@ -31,7 +31,7 @@ from ..code.syntax_trees import at, replaced, with_changed_children
 from ..code.wrapped_functions import check_wrapper
 from ..code.written_names import written_names
 from ..rules.gates import TriedGate, gate_at_site
-from . import noted_operations
+from . import noted_operations as noted
 from .branch_tails import move_into_branches
 from .callable_objects import replacing_call
 from .fused_patterns import PATTERNS
@@ -188,28 +188,22 @@ class _Rewriter:
     def _noted(self, tree: Any) -> Any:
         """An operator, a method for one, or a cast with a note of its operands; any other tree unchanged."""
         callee = tree.func if self.makes_notes and isinstance(tree, ast.Call) else None
-        if self.notes_casts and isinstance(callee, ast.Attribute) and callee.attr in noted_operations.NOTED_CASTS:
+        if self.notes_casts and isinstance(callee, ast.Attribute) and callee.attr in noted.NOTED_CASTS:
             self.has_notes = True
             return at(
                 tree,
-                ast.Call(
-                    self._cell(noted_operations.noted_cast(callee.attr)), [callee.value, *tree.args], tree.keywords
-                ),
+                ast.Call(self._cell(noted.noted_cast(callee.attr)), [callee.value, *tree.args], tree.keywords),
             )
-        if isinstance(callee, ast.Attribute) and callee.attr in noted_operations.NOTED_METHODS:
+        if isinstance(callee, ast.Attribute) and callee.attr in noted.NOTED_METHODS:
             self.has_notes = True
             self.multiplies = self.multiplies or callee.attr == "mul"
-            return at(tree, ast.Call(self._mapped(callee, noted_operations.noted_method), tree.args, tree.keywords))
-        compute = (
-            noted_operations.NOTED_OPERATORS.get(type(tree.op))
-            if isinstance(tree, ast.BinOp) and self.makes_notes
-            else None
-        )
+            return at(tree, ast.Call(self._mapped(callee, noted.noted_method), tree.args, tree.keywords))
+        compute = noted.NOTED_OPERATORS.get(type(tree.op)) if isinstance(tree, ast.BinOp) and self.makes_notes else None
         if compute is None:
             return tree
         self.has_notes = True
         self.multiplies = self.multiplies or isinstance(tree.op, ast.Mult)
-        return at(tree, ast.Call(self._cell(noted_operations.noted_operator(compute)), [tree.left, tree.right], []))
+        return at(tree, ast.Call(self._cell(noted.noted_operator(compute)), [tree.left, tree.right], []))
 
     def _fused_expression(self, match: Match) -> ast.expr:
         captured = {id(operand.tree): _next_result() for operand in match.captured}
@@ -256,10 +250,10 @@ class _Rewriter:
             return callee
         is_local = role.kind == "local replacement"
         (known,) = role.values or ((self.scope.local_function if is_local else self.scope.value)(callee),)
-        if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in noted_operations.NOTED_FUNCTIONS:
+        if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in noted.NOTED_FUNCTIONS:
             self.has_notes = True
             self.multiplies = self.multiplies or known is torch.mul
-            return self._mapped(callee, exchanging(known, noted_operations.noted_function(known)))
+            return self._mapped(callee, exchanging(known, noted.noted_function(known)))
         replacement = replacement_for(known, call)
         if replacement is None:
             return callee
