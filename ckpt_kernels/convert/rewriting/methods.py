@@ -34,7 +34,6 @@ from .callable_objects import method_called
 from .candidates import is_candidate
 from .formulas import VALUE, Formula, formula_of
 from .gate_runs import gate_run_roles
-from .method_products import activating_roles
 from .note_reasons import ADAPTER, BIASED, noted_roles
 from .rewrite import rewritten_method
 from .roles import GATE, MethodRoles, Role, may_match_any, role_of, role_of_method
@@ -177,7 +176,6 @@ def _roles(
             roles[text] = role
     if module is not None:
         roles |= gate_run_roles(module, function)
-        roles |= activating_roles(module, dict(_methods(type(module))), loads, scope.self_name)
     return tuple(sorted(roles.items()))
 
 

@@ -20,11 +20,11 @@ NOTED_OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
 }
+# Methods that cast.
+NOTED_CASTS = ("to", "float", "type_as")
 # The methods of tensors for these operators.
 NOTED_METHODS = ("add", "sub", "mul")
 _OF_TWO = tuple(getattr(torch, name) for name in NOTED_METHODS)
-# Methods that cast.
-NOTED_CASTS = ("to", "float", "type_as")
 # Functions of one tensor that save only their output, functions of a sequence of tensors that save nothing, and the
 # operators.
 NOTED_FUNCTIONS = (torch.sigmoid, torch.tanh, torch.cat, torch.concat, torch.concatenate, *_OF_TWO)

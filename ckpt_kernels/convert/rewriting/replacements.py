@@ -92,7 +92,7 @@ def _tried_activation(tried: TriedFunction, args: tuple, kwargs: dict[str, Any])
     operand = None if name is None else tried.result.operand(input)
     if name is None or operand is None:
         return None
-    output = ours.bias_act(operand, activation=name)
+    output = activated(operand, name)
     return output if kind is None else output.as_subclass(kind)
 
 

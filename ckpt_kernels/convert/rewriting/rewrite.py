@@ -13,7 +13,6 @@ import ast
 import contextlib
 import copy
 import itertools
-import operator
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,27 +31,17 @@ from ..code.syntax_trees import at, replaced, with_changed_children
 from ..code.wrapped_functions import check_wrapper
 from ..code.written_names import written_names
 from ..rules.gates import TriedGate, gate_at_site
+from . import noted_operations as noted
 from .branch_tails import move_into_branches
 from .callable_objects import replacing_call
 from .fused_patterns import PATTERNS
 from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
-from .method_products import factors, product_with_method
 from .native_sites import native_site
 from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
-from .noted_operations import (
-    NOTED_CASTS,
-    NOTED_FUNCTIONS,
-    NOTED_METHODS,
-    NOTED_OPERATORS,
-    noted_cast,
-    noted_function,
-    noted_method,
-    noted_operator,
-)
 from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, exchanging, replacement_for
-from .roles import ACTIVATING, MethodRoles, Role, Roles, tried_act
+from .roles import MethodRoles, Role, Roles, tried_act
 from .run_matching import RunMatch, run_matches
 from .templates import guarded_call
 
@@ -183,10 +172,6 @@ class _Rewriter:
             match = next(matches(self.reader, tree, None, tree), None)
             if match is not None:
                 return self._fused_expression(match)
-        if (parts := factors(tree, self._is_activating)) is not None:
-            self.descriptions.append("value * act(gate)")
-            compute = noted_operator(operator.mul) if self.makes_notes else operator.mul
-            return at(tree, ast.Call(self._cell(product_with_method(compute)), self._rewrite(parts), []))
         changed: Any = with_changed_children(tree, self._rewrite)
         if isinstance(tree, ast.Call) and (role := self.reader.role(tree.func)).kind:
             changed.func = self._replaced_callee(tree, role)
@@ -196,9 +181,6 @@ class _Rewriter:
             return self._watched(tree, changed)
         return self._noted(changed)
 
-    def _is_activating(self, callee: ast.expr) -> bool:
-        return self.reader.role(callee).kind == ACTIVATING
-
     def _watched(self, location: ast.AST, tree: ast.expr) -> ast.expr:
         self.has_notes = True
         return at(location, ast.Call(self._cell(watch), [tree], []))
@@ -206,19 +188,22 @@ class _Rewriter:
     def _noted(self, tree: Any) -> Any:
         """An operator, a method for one, or a cast with a note of its operands; any other tree unchanged."""
         callee = tree.func if self.makes_notes and isinstance(tree, ast.Call) else None
-        if self.notes_casts and isinstance(callee, ast.Attribute) and callee.attr in NOTED_CASTS:
+        if self.notes_casts and isinstance(callee, ast.Attribute) and callee.attr in noted.NOTED_CASTS:
             self.has_notes = True
-            return at(tree, ast.Call(self._cell(noted_cast(callee.attr)), [callee.value, *tree.args], tree.keywords))
-        if isinstance(callee, ast.Attribute) and callee.attr in NOTED_METHODS:
+            return at(
+                tree,
+                ast.Call(self._cell(noted.noted_cast(callee.attr)), [callee.value, *tree.args], tree.keywords),
+            )
+        if isinstance(callee, ast.Attribute) and callee.attr in noted.NOTED_METHODS:
             self.has_notes = True
             self.multiplies = self.multiplies or callee.attr == "mul"
-            return at(tree, ast.Call(self._mapped(callee, noted_method), tree.args, tree.keywords))
-        compute = NOTED_OPERATORS.get(type(tree.op)) if isinstance(tree, ast.BinOp) and self.makes_notes else None
+            return at(tree, ast.Call(self._mapped(callee, noted.noted_method), tree.args, tree.keywords))
+        compute = noted.NOTED_OPERATORS.get(type(tree.op)) if isinstance(tree, ast.BinOp) and self.makes_notes else None
         if compute is None:
             return tree
         self.has_notes = True
         self.multiplies = self.multiplies or isinstance(tree.op, ast.Mult)
-        return at(tree, ast.Call(self._cell(noted_operator(compute)), [tree.left, tree.right], []))
+        return at(tree, ast.Call(self._cell(noted.noted_operator(compute)), [tree.left, tree.right], []))
 
     def _fused_expression(self, match: Match) -> ast.expr:
         captured = {id(operand.tree): _next_result() for operand in match.captured}
@@ -265,10 +250,10 @@ class _Rewriter:
             return callee
         is_local = role.kind == "local replacement"
         (known,) = role.values or ((self.scope.local_function if is_local else self.scope.value)(callee),)
-        if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in NOTED_FUNCTIONS:
+        if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in noted.NOTED_FUNCTIONS:
             self.has_notes = True
             self.multiplies = self.multiplies or known is torch.mul
-            return self._mapped(callee, exchanging(known, noted_function(known)))
+            return self._mapped(callee, exchanging(known, noted.noted_function(known)))
         replacement = replacement_for(known, call)
         if replacement is None:
             return callee

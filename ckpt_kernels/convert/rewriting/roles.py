@@ -36,8 +36,6 @@ MODULE = "module"
 GATE = "gate"
 # The kind of a run of statements that does.
 GATE_RUN = "gate run"
-# The kind of a method that may compute an activation.
-ACTIVATING = "activating"
 
 
 class Role(NamedTuple):
@@ -48,8 +46,7 @@ class Role(NamedTuple):
     replacement" (the same for a nested function), "object" (a callable object), "module" (any other module), "noted"
     (no load: the name says why the operators of the method are noted, see `note_reasons`), "gate" (no load: the method
     is a gate, with the `rules.gates.GateOutline` as values), "gate run" (no load: a run of statements is a gate, with
-    the module's class and the `GateOutline` as values), "activating" (a method of the module that may compute an
-    activation), or "" (any other plain load).
+    the module's class and the `GateOutline` as values), or "" (any other plain load).
 
     `name` is the name of an activation, or ADAPTED for a linear layer with an adapter. `needs_computed_input`: the
     activation matches only if the pattern also computes its input: eager torch does not save that input, so that a user

@@ -5,7 +5,6 @@ torch.nn's own are recognised by their class, any other module without parameter
 """
 
 import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,37 +38,12 @@ KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
-# Not empty while a method runs that may compute an activation: see `activated_by`.
-_sought: list[Tensor] = []
-
-
 def activated(input: Tensor, name: str) -> Tensor:
     """The activation of a tensor. A float32 copy of a 16-bit tensor is kept in 16 bits."""
-    if recompute.is_widened(input):
-        with recompute.keeping_narrow():
-            return F.bias_act(input, activation=name)
-    output = F.bias_act(input, activation=name)
-    if _sought and type(output.grad_fn).__name__ == "bias_actBackward":
-        node: Any = output.grad_fn
-        node.activation = name
-    return output
-
-
-def activated_by(method: Callable[[Tensor], Any], input: Tensor) -> tuple[Any, str | None]:
-    """The result of the method; and the name of the activation, if the result is that of `activated` for the input.
-
-    Only for inputs with gradients, and not while torch.compile traces.
-    """
-    version = input._version
-    _sought.append(input)
-    try:
-        output = method(input)
-    finally:
-        _sought.pop()
-    node = output.grad_fn if type(output) is Tensor and not output._version else None
-    if node is None or input._version != version or node.next_functions[0] != (input.grad_fn, input.output_nr):
-        return output, None
-    return output, getattr(node, "activation", None)
+    if not recompute.is_widened(input):
+        return F.bias_act(input, activation=name)
+    with recompute.keeping_narrow():
+        return F.bias_act(input, activation=name)
 
 
 @dataclass(frozen=True)
