@@ -2,6 +2,7 @@
 are."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,13 @@ def made(level: str) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(Layer(), Layer()).double()
     for layer in model:
-        layer.handle = layer.second.register_forward_hook(lambda module, args, output: 2 * output)
+        layer.handles = (
+            layer.second.register_forward_hook(lambda module, args, output: 2 * output),
+            layer.second.register_forward_hook(lambda module, args, kwargs, output: 3 * output, with_kwargs=True),
+            layer.first.register_forward_pre_hook(
+                lambda module, args, kwargs: ((2 * args[0],), kwargs), with_kwargs=True
+            ),
+        )
     if level != "eager":
         ckpt_kernels.convert(model, recompute={"*": level})
     return model
@@ -64,8 +71,9 @@ def change_string(layer: nn.Module) -> None:
     layer.mode = "linear"
 
 
-def remove_hook(layer: nn.Module) -> None:
-    layer.handle.remove()
+def remove_hooks(layer: nn.Module) -> None:
+    for handle in layer.handles:
+        handle.remove()
 
 
 def add_hook(layer: nn.Module) -> None:
@@ -96,7 +104,7 @@ CHANGES = (
     replace_buffer,
     change_number,
     change_string,
-    remove_hook,
+    remove_hooks,
     add_hook,
     evaluate,
     freeze,
@@ -148,3 +156,25 @@ def test_other_memory_of_a_parameter_is_an_error() -> None:
     model[0].first.weight.data = torch.zeros_like(model[0].first.weight)
     with pytest.raises(RuntimeError, match=r"a parameter of a checkpointed layer.*other memory"):
         y.sum().backward()
+
+
+class Recorded(nn.Module):
+    """A layer that records the value of an attribute in each pass."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.linear, self.value, self.values = nn.Linear(WIDTH, WIDTH), value, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.values.append(self.value)
+        return self.linear(x).sin()
+
+
+@pytest.mark.parametrize("value", [None, True, 3, 0.5, 2j, "name", b"name"])
+def test_plain_attributes_are_those_of_the_first_pass(value: Any) -> None:
+    model = nn.Sequential(Recorded(value))
+    ckpt_kernels.convert(model, recompute={"0": "checkpoint"})
+    y = model(torch.ones(2, WIDTH, requires_grad=True))
+    later = model[0].value = [value]
+    y.sum().backward()
+    assert model[0].values == [value, value] and model[0].value is later
