@@ -88,7 +88,7 @@ def test_each_chain_of_a_sequence_is_fused() -> None:
             report = ckpt_kernels.convert(model, recompute=level)
             assert (replacement_of(report, "") is None) is is_apart
             torch.testing.assert_close(model(rows), made(False)(rows))
-            kept[level, is_apart] = memory.saved_bytes(lambda: model(random_tensor(4, WIDTH).requires_grad_()))
+            kept[level, is_apart] = memory.saved_bytes(model, random_tensor(4, WIDTH).requires_grad_())
     # The outputs of both norms, and what the activation in the MLP reads.
     assert kept["block", True] - kept["block", False] == 2 * rows.nbytes
     assert kept["all", False] < kept["all", True]

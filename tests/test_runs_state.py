@@ -1,6 +1,7 @@
 """The recomputation of a checkpointed layer finds the layer's modules as the first pass did, and leaves them as they
 are."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,11 @@ def remove_child(layer: nn.Module) -> None:
     del layer.second
 
 
+def rename_child(layer: nn.Module) -> None:
+    layer.last = layer.second
+    del layer.second
+
+
 def replace_buffer(layer: nn.Module) -> None:
     layer.mean = torch.ones_like(layer.mean)
 
@@ -101,6 +107,7 @@ CHANGES = (
     replace_parameter,
     replace_child,
     remove_child,
+    rename_child,
     replace_buffer,
     change_number,
     change_string,
@@ -158,23 +165,50 @@ def test_other_memory_of_a_parameter_is_an_error() -> None:
         y.sum().backward()
 
 
-class Recorded(nn.Module):
-    """A layer that records the value of an attribute in each pass."""
+MISSING = object()
 
-    def __init__(self, value: Any) -> None:
+
+class Recorded(nn.Module):
+    """A layer that records the value of an attribute in each pass, and keeps the last result."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.linear, self.value, self.values = nn.Linear(WIDTH, WIDTH), value, []
+        self.linear, self.values, self.table = nn.Linear(WIDTH, WIDTH), [], torch.ones(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.values.append(self.value)
-        return self.linear(x).sin()
+        self.values.append(getattr(self, "value", MISSING))
+        self.last = self.linear(x).sin()
+        return self.last
 
 
-@pytest.mark.parametrize("value", [None, True, 3, 0.5, 2j, "name", b"name"])
-def test_plain_attributes_are_those_of_the_first_pass(value: Any) -> None:
-    model = nn.Sequential(Recorded(value))
+def set_value(layer: nn.Module, value: Any) -> None:
+    if value is not MISSING:
+        layer.value = value
+    elif hasattr(layer, "value"):
+        del layer.value
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [(value, [value]) for value in (None, True, 3, 0.5, 2j, "name", b"name")] + [(MISSING, 1), (1, MISSING)],
+)
+def test_plain_attributes_are_those_of_the_first_pass(first: Any, later: Any) -> None:
+    model = nn.Sequential(Recorded())
+    set_value(model[0], first)
     ckpt_kernels.convert(model, recompute={"0": "checkpoint"})
     y = model(torch.ones(2, WIDTH, requires_grad=True))
-    later = model[0].value = [value]
+    set_value(model[0], later)
+    last = model[0].last
     y.sum().backward()
-    assert model[0].values == [value, value] and model[0].value is later
+    assert model[0].values == [first, first]
+    assert getattr(model[0], "value", MISSING) is later and model[0].last is last
+
+
+def test_tensors_in_plain_attributes_are_not_kept() -> None:
+    model = nn.Sequential(Recorded())
+    ckpt_kernels.convert(model, recompute={"0": "checkpoint"})
+    y = model(torch.ones(2, WIDTH, requires_grad=True))
+    table = weakref.ref(model[0].table)
+    del model[0].table
+    assert table() is None
+    y.sum().backward()
