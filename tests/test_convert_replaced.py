@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm as layer_norm_by_name
 
 import ckpt_kernels
+from ckpt_kernels.convert.swap import is_patched
 
 from .conftest import DEVICE
 from .conversion import WIDTH, close, replacement_of, results_of
@@ -339,6 +340,35 @@ def leaves() -> nn.Module:
 
 _PATCHED = [(F, name) for name in ("linear", "gelu", "silu", "layer_norm", "rms_norm", "mish")]
 _PATCHED += [(torch, "layer_norm"), (torch, "rms_norm"), (torch, "chunk"), (Tensor, "chunk"), (Tensor, "__mul__")]
+
+
+def test_the_class_of_an_activation_becomes_a_subclass() -> None:
+    model, converted = twins(MLP)
+    assert found_in(ckpt_kernels.convert(converted))[""] == "MLP"
+    for mlp in (model, converted):
+        mlp.act.__class__ = type("Other", (type(mlp.act),), {"forward": lambda self, x: x.sin()})
+    assert close(results_of(converted, rows()), results_of(model, rows()))
+
+
+def test_the_forward_is_replaced_between_two_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt_kernels.convert(MLP())
+    monkeypatch.setattr(MLP, "forward", twice_decorated)
+    model, converted = twins(MLP)
+    assert found_in(ckpt_kernels.convert(converted))[""] == "MLP"
+    assert not is_patched(type(converted))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d])
+def test_the_forward_of_a_norm_in_a_chain_is_replaced(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> nn.Module:
+        return nn.Sequential(kind(WIDTH) if kind is not nn.GroupNorm else kind(2, WIDTH), nn.GELU())
+
+    model, converted = twins(made)
+    assert "norm" in found_in(ckpt_kernels.convert(converted))[""]
+    monkeypatch.setattr(kind, "forward", lambda self, x: x.sin())
+    x = rows()[0].view(-1, WIDTH, 1) if kind is not nn.LayerNorm else rows()
+    assert close(results_of(converted, x), results_of(model, x))
 
 
 class WrittenByMethods(nn.Module):
