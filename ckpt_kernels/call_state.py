@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+AutocastState = list[tuple[str, dict[str, Any]]]
+_last: AutocastState = []
 
-def autocast_state() -> list[tuple[str, dict[str, Any]]]:
-    """The autocast settings of each device."""
-    return [
+
+def autocast_state() -> AutocastState:
+    """The autocast settings of each device. Calls under equal settings share one object."""
+    global _last
+    state = [
         (
             device,
             {
@@ -22,6 +26,10 @@ def autocast_state() -> list[tuple[str, dict[str, Any]]]:
         )
         for device in _devices()
     ]
+    if state != _last:
+        _last = state
+        return state
+    return _last
 
 
 @functools.cache

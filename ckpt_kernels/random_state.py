@@ -151,13 +151,18 @@ class RandomState:
         """Whether no random number has been drawn since."""
         return all(state.is_current() for state in self._states.values())
 
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """A context in which the generators have these states; afterwards the current states return."""
-        current = {source: _state_of(source, state) for source, state in self._states.items()}
-        for source, state in self._states.items():
-            if current[source] is not state:
+    def restore(self) -> None:
+        """Gives the generators these states."""
+        for state in self._states.values():
+            if not state.is_current():
                 state.restore()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def kept(states: "Iterable[RandomState]") -> Iterator[None]:
+        """A context after which the generators of these states are as before."""
+        known = {source: state for one in states for source, state in one._states.items()}
+        current = {source: _state_of(source, state) for source, state in known.items()}
         try:
             yield
         finally:

@@ -32,6 +32,8 @@ def _forward(stages: Sequence[Stage], assignment: Assignment, clock: _Clock) -> 
             clock.level += cost.kept
             clock.seconds += cost.forward
             continue
+        if (begins := stages[part.first].checkpointed) is not None:
+            clock.seconds += begins.begin
         for index in range(part.first, part.last + 1):
             first = stages[index].checkpointed
             if first is None:

@@ -157,6 +157,52 @@ def test_adapters_need_a_new_plan() -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_layers_below_all_trained_parameters_belong_to_the_code_before() -> None:
+    model, tokens = made()
+    for module in (model.embedding, *model.layers[:2]):
+        module.requires_grad_(False)
+    found = plan(model, tokens, budget=0.75)
+    assert found.whole is None and [name for name in found.layers if name] == ["layers.2", "layers.3"]
+    planned = copy.deepcopy(model)
+    found.apply(planned)
+    step(model, tokens)
+    step(planned, tokens)
+    expected = gradients(model)
+    assert expected and gradients(planned).keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients(planned)[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+class Cache:
+    """An object that layers receive."""
+
+
+class WithCache(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = made(layers=1)[0].layers[0]
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        return self.layer(x)
+
+
+class Cached(Model):
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.layers = nn.ModuleList(WithCache() for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, Cache())
+        return self.head(self.norm(x))
+
+
+def test_a_plan_says_why_it_offers_no_checkpoint() -> None:
+    with pytest.raises(DoesNotFit, match="layers receive a Cache, and are not checkpointed"):
+        plan(Cached(), made()[1], budget=0.05)
+
+
 def test_compiled_layers_with_a_plan() -> None:
     model, tokens = made()
     planned = copy.deepcopy(model)
@@ -198,7 +244,8 @@ def _process(rank: int, port: int, wraps: tuple[Callable, ...], folder: str) -> 
     if rank:
         common.plan = None  # only the first process plans
     torch.save(str(common.converted(model, 0.7, inputs=tokens)), f"{folder}/report{rank}.pt")
-    with pytest.raises(DoesNotFit):
+    error = (RuntimeError, "first process cannot plan: DoesNotFit") if rank else (DoesNotFit, "")
+    with pytest.raises(error[0], match=error[1]):
         common.converted(made()[0], 0.01, inputs=tokens)
     dist.barrier()
     # Without the interpreter's shutdown, in which the destructors of DDP and gloo may deadlock over the GIL.

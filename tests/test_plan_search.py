@@ -107,13 +107,19 @@ def test_eager_is_chosen_if_it_fits_and_is_faster() -> None:
     assert Searching([], {"eager": 0.0}, eager=130).found(130).whole == "none"
 
 
-@pytest.mark.parametrize(("budget", "times"), ((60, 1), (200, 2)))
-def test_eager_is_timed_once_if_it_does_not_fit(budget: int, times: int) -> None:
-    search = Searching([], {"eager": 3.0}, eager=130)
+@pytest.mark.parametrize(("budget", "seconds", "turns"), ((60, 3.0, 1), (200, 3.0, 2), (200, 1e9, 1)))
+def test_a_second_turn_is_timed_only_if_a_rival_that_fits_was_faster(budget: int, seconds: float, turns: int) -> None:
+    search = Searching([], {"eager": seconds}, eager=130)
     found = search.found(budget)
-    assert search.timed.count("eager") == times
-    assert search.timed.count("the plan") == 2
-    assert found.steps["eager"].seconds == 3.0
+    assert search.timed.count("eager") == search.timed.count("the plan") == turns
+    assert len(set(search.timed)) == len(search.timed) - 2 * (turns - 1)
+    assert found.steps["eager"].seconds == seconds
+
+
+def test_only_rivals_that_were_faster_have_a_second_turn() -> None:
+    search = Searching([], {"all at all": 0.5, "eager": 1e9}, eager=50)
+    search.found(60)
+    assert sorted(search.timed) == ["all at all"] * 2 + ["eager"] + ["the plan"] * 2
 
 
 def test_the_leanest_of_equally_fast_plans_is_chosen() -> None:

@@ -26,7 +26,9 @@ def chain(rng: random.Random, stages: int, choices: int, runs: bool) -> list[Sta
         may_repeat = runs and rng.random() < 0.9
         outside = rng.choice([*costs, None]) if choices > 1 else None
         costs = {name: replace(cost, may_be_inside=name != outside) for name, cost in costs.items()}
-        checkpointed = Checkpointed(rng.randint(0, 2), output + rng.randint(0, 30), rng.random(), rng.random() / 10)
+        checkpointed = Checkpointed(
+            rng.randint(0, 2), output + rng.randint(0, 30), rng.random(), rng.random() / 10, rng.random()
+        )
         follows = index > 0 and rng.random() < 0.8
         left = rng.randint(-20, 20)
         found.append(
@@ -164,8 +166,8 @@ def test_many_layers_need_sublinear_memory_and_less_time_than_sqrt_checkpointing
     assert [choice.stage for choice in stages_of(least)] == list(range(count))
 
 
-def test_lengths_of_checkpoints_beyond_sixteen_are_two_to_a_doubling() -> None:
-    assert [length for length in range(1, 130) if is_length(length)] == [*range(1, 17), 24, 32, 48, 64, 96, 128]
+def test_lengths_of_checkpoints_beyond_thirty_two_are_two_to_a_doubling() -> None:
+    assert [length for length in range(1, 260) if is_length(length)] == [*range(1, 33), 48, 64, 96, 128, 192, 256]
 
 
 def choice_everywhere(count: int, level: str) -> Assignment:

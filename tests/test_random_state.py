@@ -34,7 +34,8 @@ def test_a_draw_is_seen_and_restored(name: str) -> None:
         drawn = draw()
         assert not before.is_current()
         after = RandomState.now((torch.default_generator,), before)
-        with before.restored():
+        with RandomState.kept((before,)):
+            before.restore()
             assert before.is_current()
             assert draw() == drawn
             assert not before.is_current()
@@ -43,7 +44,8 @@ def test_a_draw_is_seen_and_restored(name: str) -> None:
 
 def test_a_state_without_draws_is_kept_by_a_context() -> None:
     state = RandomState.now((torch.default_generator,))
-    with state.restored():
+    with RandomState.kept((state,)):
+        state.restore()
         torch.rand(3)
         random.random()
     assert state.is_current()
@@ -57,7 +59,8 @@ def test_a_generator_of_numpys_other_kinds_is_compared_as_a_whole() -> None:
         assert before.is_current()
         drawn = numpy.random.rand()
         assert not before.is_current()
-        with before.restored():
+        with RandomState.kept((before,)):
+            before.restore()
             assert numpy.random.rand() == drawn
     finally:
         numpy.random.set_bit_generator(generator)
@@ -70,7 +73,8 @@ def test_another_generator_of_numpy_is_seen() -> None:
         numpy.random.set_bit_generator(numpy.random.MT19937(7))
         assert not before.is_current()
         after = RandomState.now((torch.default_generator,), before)
-        with before.restored():
+        with RandomState.kept((before,)):
+            before.restore()
             drawn = numpy.random.rand()
         assert after.is_current()
     finally:

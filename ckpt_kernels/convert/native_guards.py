@@ -48,13 +48,13 @@ class GlobalStateGuard(NamedTuple):
     Attributes:
         inactive: functions that return false.
         same: bindings that still hold.
-        sizes: holders, and the number of names that they contain.
+        absent: holders, and names that they do not contain.
         empty: dicts, and names under which they hold empty dicts.
     """
 
     inactive: tuple[Callable[[], Any], ...]
     same: tuple[Binding, ...]
-    sizes: tuple[tuple[Any, int], ...]
+    absent: tuple[tuple[Any, tuple[str, ...]], ...]
     empty: tuple[tuple[dict[str, Any], tuple[str, ...]], ...]
 
 

@@ -12,7 +12,7 @@ from ..ops.registration import is_transformed
 from ..thin.direct import WATCHERS, is_plain
 from .code.call_graph import is_unpatched
 from .native_guards import GlobalStateGuard, ModuleGuard, passes_natively
-from .torch_patches import NAMES_OF_TENSOR, TORCH_FUNCTIONS, are_patched, are_patched_as_traced
+from .torch_patches import INHERITED_METHODS, TORCH_FUNCTIONS, are_patched, are_patched_as_traced
 
 _TENSORS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,7 +39,7 @@ _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C.
 GLOBAL_STATE = GlobalStateGuard(
     (*WATCHERS, torch._C._is_any_autocast_enabled),
     (*TORCH_FUNCTIONS, (vars(forward_ad), "_current_level", -1)),
-    ((vars(Tensor), NAMES_OF_TENSOR),),
+    ((vars(Tensor), INHERITED_METHODS),),
     ((vars(_global_hooks), tuple(f"_global_{name[1:]}" for name in HOOKS)),),
 )
 

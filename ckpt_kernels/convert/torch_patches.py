@@ -19,8 +19,11 @@ _OF_FUNCTIONAL = """batch_norm dropout elu gelu glu group_norm hardswish hardtan
     linear mish relu relu6 rms_norm sigmoid silu softplus tanh""".split()
 _OF_TORCH = """add addmm batch_norm chunk erf group_norm instance_norm layer_norm mul pow relu rms_norm rsqrt sigmoid
     sqrt square tanh""".split()
-# The methods that Tensor itself defines; it inherits all others.
-_METHODS = "__iter__ __neg__ __pow__ __rdiv__ __rpow__ __rsub__ __rtruediv__ split".split()
+# The methods by which blocks are known, and those of the operations that are allowed in trials and formulas.
+_METHODS = """__add__ __getitem__ __iadd__ __iter__ __mul__ __neg__ __pow__ __radd__ __rdiv__ __rmul__ __rpow__ __rsub__
+    __rtruediv__ __sub__ __truediv__ add chunk clamp clamp_max clamp_min clone div erf expand float mean mul neg permute
+    pow relu reshape rsqrt sigmoid size split split_with_sizes sqrt square sub sum t tanh to transpose type_as unbind
+    unflatten unsqueeze var view""".split()
 _IN_C = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 
 
@@ -42,9 +45,9 @@ TORCH_FUNCTIONS: tuple[Binding, ...] = (
     *((vars(holder), name, function) for holder, name, function in _TRACED),
     *((Tensor, name, _expected(_OF_TENSOR[name])) for name in _METHODS if name in _OF_TENSOR),
 )
-# A patch of a method that Tensor inherits adds a name to Tensor itself.
-NAMES_OF_TENSOR = len(_OF_TENSOR)
-_NAMES = frozenset(_OF_TENSOR)
+# Methods that Tensor inherits. A patch defines one on Tensor itself.
+INHERITED_METHODS = tuple(name for name in _METHODS if name not in _OF_TENSOR)
+_INHERITED = {name: getattr(Tensor, name) for name in INHERITED_METHODS}
 
 
 def are_patched() -> bool:
@@ -52,7 +55,9 @@ def are_patched() -> bool:
 
     Runs at each call that no compiler traces, and must be fast.
     """
-    return not (are_same_untraced(TORCH_FUNCTIONS) and (len(_OF_TENSOR) == NAMES_OF_TENSOR or _are_unrelated()))
+    if not are_same_untraced(TORCH_FUNCTIONS):
+        return True
+    return not (_OF_TENSOR.keys().isdisjoint(INHERITED_METHODS) or _are_inherited())
 
 
 def are_patched_as_traced() -> bool:
@@ -60,7 +65,6 @@ def are_patched_as_traced() -> bool:
     return any(getattr(holder, name) is not value for holder, name, value in _TRACED)
 
 
-def _are_unrelated() -> bool:
-    """Whether no name that Tensor has gained stands for an inherited one, other than the same object."""
-    inherited = {name: getattr(super(Tensor, Tensor), name, None) for name in _OF_TENSOR.keys() - _NAMES}
-    return all(method is None or _OF_TENSOR[name] is method for name, method in inherited.items())
+def _are_inherited() -> bool:
+    """Whether all attributes that Tensor itself has under these names equal the inherited ones."""
+    return all(_OF_TENSOR.get(name, method) is method for name, method in _INHERITED.items())

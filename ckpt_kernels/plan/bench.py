@@ -38,8 +38,11 @@ class StepCost:
     seconds: float
 
 
-# A checkpoint in which layers are as they are. Only timed steps have this choice.
+# Checkpoints in which layers are as they are; only timed steps have these choices. At the second, each layer has a
+# checkpoint of its own. The difference of the two is the cost that a checkpoint adds once.
 PLAIN_CHECKPOINT = "checkpoint of none"
+LONE_CHECKPOINT = "checkpoint of none and of one layer"
+_PLAIN = (PLAIN_CHECKPOINT, LONE_CHECKPOINT)
 
 
 class ChoiceByLayer:
@@ -58,7 +61,8 @@ class ChoiceByLayer:
         """Yield the layers of each checkpoint."""
         run: list[str] = []
         for name, choice in self.choices.items():
-            if run and (len(run) == self.longest or choice != self.choices[run[0]]):
+            longest = 1 if choice == LONE_CHECKPOINT else self.longest
+            if run and (len(run) == longest or choice != self.choices[run[0]]):
                 yield run
                 run = []
             if is_checkpoint(choice):
@@ -75,12 +79,12 @@ class ChoiceByLayer:
 
 
 def is_checkpoint(choice: str) -> bool:
-    return choice == PLAIN_CHECKPOINT or Policy.of(choice, OF_MODULES, "choice").is_checkpoint
+    return choice in _PLAIN or Policy.of(choice, OF_MODULES, "choice").is_checkpoint
 
 
 def level_inside(choice: str) -> str:
     """Return the level of the layers within a checkpoint; any other choice is returned as it is."""
-    return NONE if choice == PLAIN_CHECKPOINT else str(Policy.of(choice, OF_MODULES, "choice").inside())
+    return NONE if choice in _PLAIN else str(Policy.of(choice, OF_MODULES, "choice").inside())
 
 
 class RunsOfLayers:

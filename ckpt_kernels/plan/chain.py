@@ -21,7 +21,7 @@ from typing import NamedTuple
 from .costs import Assignment, Stage, StageAt, first_of, last_of
 
 # A checkpoint may span any number of stages up to ALL_LENGTHS, and some numbers up to LONGEST (see `is_length`).
-ALL_LENGTHS = 16
+ALL_LENGTHS = 32
 LONGEST = 256
 # The need of an empty rest: low enough that `kept` + need never is the maximum.
 NOTHING = -(2**62)
@@ -95,6 +95,8 @@ class Chain:
             stage = self.stages[end]
             if stage.checkpointed is None or (end > first and not stage.follows):
                 return
+            if end == first:
+                seconds = stage.checkpointed.begin
             # The output of the stage before is freed only when this stage has computed its own output.
             forward_peak = max(forward_peak, kept + before + stage.checkpointed.forward_peak)
             kept += stage.checkpointed.kept
@@ -143,7 +145,7 @@ def _need_and_seconds(chain: Chain, parts: Assignment, nested: bool) -> tuple[in
 
 
 def is_length(stages: int) -> bool:
-    """Whether a checkpoint may span that many stages: 1 to `ALL_LENGTHS`, then two a doubling: 24, 32, 48, 64, ..."""
+    """Whether a checkpoint may span that many stages: 1 to `ALL_LENGTHS`, then two a doubling: 48, 64, 96, 128, ..."""
     half = ALL_LENGTHS // 2
     while stages >= 4 * half:
         half *= 2

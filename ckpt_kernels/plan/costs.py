@@ -50,12 +50,14 @@ class Checkpointed:
         forward: seconds of the pass, and what a second run takes beyond the first, for the choice that adds least.
         saved: seconds that the second forward pass saves if the stage is the last of a checkpoint. That pass stops at
             the last tensor that the backward pass needs.
+        begin: seconds that a checkpoint adds once, however many stages it spans, if the stage is the first.
     """
 
     kept: int
     forward_peak: int
     forward: float
     saved: float
+    begin: float = 0.0
 
 
 @dataclass(frozen=True)

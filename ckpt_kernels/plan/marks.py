@@ -16,6 +16,7 @@ from ..convert.rules.rule import Forward
 from ..memory.peak import profile_of_memory
 from ..nested_values import tensors_among
 from ..runs import is_repeating
+from ..runs.arguments import not_plain_among
 
 _PREFIX = "ckpt_kernels.plan/"
 
@@ -58,6 +59,7 @@ class Recorder:
         outputs: bytes of each layer's output, in the order of the calls.
         follows: whether each layer took the output of the layer before unchanged.
         shapes: shapes and dtypes of the tensors that each layer was called with.
+        not_plain: the types of arguments with which a layer is not checkpointed.
     """
 
     def __init__(self, layers: dict[nn.Module, int], device: torch.device, memory: bool) -> None:
@@ -72,6 +74,7 @@ class Recorder:
         self.outputs: dict[int, int] = {}
         self.follows: dict[int, bool] = {}
         self.shapes: dict[int, tuple] = {}
+        self.not_plain: set[type] = set()
         self._last: tuple[Tensor, int] | None = None
         self._hooks: list[Any] = []
 
@@ -104,6 +107,7 @@ class Recorder:
         # If the input is the output of the layer before, the "backward" mark of that layer ends this one.
         if inputs and not follows:
             self._hooks.append(inputs[0].register_hook(self._hook("backward_end", layer)))
+        self.not_plain.update(not_plain_among((*args, *kwargs.values())))
         self.outputs[layer] = 0
         self.mark("forward", layer)
 
@@ -112,10 +116,16 @@ class Recorder:
         layer = self._layers[module]
         self.mark("forward_end", layer)
         tensors = [tensor for tensor in tensors_among(output) if tensor.requires_grad]
+        if not tensors:
+            # A layer below which nothing is trained has no backward pass: its work belongs to the code around.
+            self.marks[self.marks.index(Mark("forward", layer))] = Mark("forward without gradient", layer)
+            del self.outputs[layer], self.follows[layer], self.shapes[layer]
+            self._last = None
+            return
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
         self.outputs[layer] = sum(storages.values())
-        self._last = (tensors[0], tensors[0]._version) if tensors else None
-        if tensors and tensors[0].grad_fn is not None:
+        self._last = (tensors[0], tensors[0]._version)
+        if tensors[0].grad_fn is not None:
             self._hooks.append(tensors[0].register_hook(self._hook("backward", layer)))
 
     def _hook(self, event: str, layer: int) -> Callable[[Tensor], None]:
@@ -236,7 +246,7 @@ def segments(points: list[Point]) -> dict[Position, Segment]:
     for index, layer in reversed(list(enumerate(order))):
         begin = at.get(Mark("backward", layer))
         if begin is None:
-            raise NotAChain("no gradient comes to a layer's output")
+            raise NotAChain("no gradient comes to the output of a layer whose output requires one")
         next_begin = at.get(Mark("backward", order[index - 1])) if index else None
         next_begin = at[Mark("end")] if next_begin is None else next_begin
         # The gradient of a tensor that several layers read is complete only after the first of these layers.

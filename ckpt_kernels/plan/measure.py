@@ -6,12 +6,14 @@ from typing import Any
 
 from ..convert.module_tree import modules_of
 from ..levels import CHECKPOINT, NONE
-from .bench import PLAIN_CHECKPOINT, Bench, StepCost
+from .bench import LONE_CHECKPOINT, PLAIN_CHECKPOINT, Bench, StepCost
 from .costs import Stage
 from .marks import NotAChain, Recorder
 from .stages import Stages
-from .timing import seconds_of
+from .timing import offers_one_more, seconds_of
 from .trials import Trials, step_name
+
+_NOT_PLAIN = "layers receive a {}, and are not checkpointed with it (use_cache=False in transformers passes no cache)"
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,14 @@ def measure_choices(bench: Bench, tiles: Sequence[int] | None = None) -> Measure
     timed = list(trials.memory)
     if {NONE, CHECKPOINT} <= trials.memory.keys():
         timed.append(PLAIN_CHECKPOINT)
+        if offers_one_more(kinds, len(timed)):
+            timed.append(LONE_CHECKPOINT)
     seconds = seconds_of(bench, order, kinds, timed)
     stages, layers = Stages(bench, order, trials, seconds).stages()
     shapes = {name: first.shapes[bench.names.index(name)] for name in order}
     steps = {step_name(choice): StepCost(peak, seconds.of_step(choice)) for choice, peak in trials.peaks.items()}
-    return Measurements(stages, layers, steps, shapes, trials.notes)
+    notes = [*trials.notes, *map(_NOT_PLAIN.format, sorted(kind.__name__ for kind in first.not_plain))]
+    return Measurements(stages, layers, steps, shapes, notes)
 
 
 def _kinds(bench: Bench, recorder: Recorder, order: list[str]) -> list[int]:

@@ -159,10 +159,13 @@ def _race(bench: Bench, planned: Plan, rivals: dict[str, Plan]) -> Plan:
     steps = planned.steps
     fitting = {name for name in twins if name != EAGER or planned.budget is None or steps[EAGER].peak <= planned.budget}
     times: dict[str, list[float]] = {name: [] for name in twins}
+    running = list(twins)
     for turn in range(_TURNS):
-        # A model that does not fit as it is cannot win. Its time is for comparison alone.
-        for name in (name for name in twins if turn == 0 or name in fitting):
+        for name in running:
             times[name].append(bench.seconds(f"time of {name}, {turn + 1} of {_TURNS}", twins[name]))
+        # A rival that was slower once cannot win any more, nor can a model that does not fit as it is.
+        running = [name for name in twins if name in fitting and min(times[name]) < min(times["the plan"])]
+        running = ["the plan", *running] if running else []
     seconds = {name: min(own) for name, own in times.items()}
     if EAGER in steps:
         steps = steps | {EAGER: StepCost(steps[EAGER].peak, seconds[EAGER])}

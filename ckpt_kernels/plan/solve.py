@@ -34,7 +34,7 @@ class Solver:
         is_thinned: whether any front was thinned.
     """
 
-    def __init__(self, stages: Sequence[Stage], limit: int = 512, optimistic: bool = False) -> None:
+    def __init__(self, stages: Sequence[Stage], limit: int = 1024, optimistic: bool = False) -> None:
         self.is_thinned = False
         self._chain = Chain(stages)
         self._limit = limit

@@ -141,14 +141,15 @@ class Stages:
         least = min(added.values())
         costs = costs | {level: replace(inside[level], inside=more - least) for level, more in added.items()}
         kept = max(checkpoint.kept - output, 0)
-        return costs, Checkpointed(kept, checkpoint.forward_peak, least, min(plain.saved, discarding.saved))
+        saved, begin = min(plain.saved, discarding.saved), self._seconds.begin(index)
+        return costs, Checkpointed(kept, checkpoint.forward_peak, least, saved, begin)
 
     def _runs_twice(self, checkpoint: str, index: int, within: Cost) -> "_Twice":
         """Compare a layer in a checkpoint with the same layer, at the level within, outside.
 
         The second run stops early, though not before half of the pass.
         """
-        forward, backward = (self._seconds.of((part, index), checkpoint) for part in ("forward", "backward"))
+        forward, backward = self._seconds.of_run(index, checkpoint)
         more = backward - within.seconds
         return _Twice(forward - within.forward + max(more, 0.0), min(max(-more, 0.0), within.forward / 2))
 
@@ -166,10 +167,17 @@ class _Twice(NamedTuple):
 
 
 def _undominated(costs: dict[str, Cost]) -> dict[str, Cost]:
-    """Drop each choice that another choice equals or beats in every cost. Of equal choices the first stays."""
+    """Drop each choice that another choice equals or beats in every cost. Of equal choices the first stays.
+
+    Each of the levels "output", "all" and "layer" runs again all that the one before does. Where they need equal bytes,
+    the earlier one stays, because a shorter time of the later one is noise.
+    """
 
     def beats(one: str, other: str) -> bool:
         a, b = costs[one], costs[other]
+        bytes_of_a, bytes_of_b = ((c.may_be_inside, c.kept, c.forward_peak, c.backward_peak) for c in (a, b))
+        if bytes_of_a == bytes_of_b and {one, other} <= {"output", "all", "layer"}:
+            return order.index(one) < order.index(other)
         names = ("kept", "forward_peak", "backward_peak", "seconds", "inside")
         no_worse = a.may_be_inside >= b.may_be_inside and all(getattr(a, name) <= getattr(b, name) for name in names)
         return no_worse and (a != b or order.index(one) < order.index(other))

@@ -4,12 +4,13 @@ Of many layers, stretches of adjacent layers have the same choice, as in a plan:
 slower, because their code is in no cache of the processor yet. A stretch of checkpointed layers is one checkpoint.
 """
 
+import itertools
 import math
 import statistics
 
 from torch import nn
 
-from .bench import Bench, ChoiceByLayer
+from .bench import LONE_CHECKPOINT, PLAIN_CHECKPOINT, Bench, ChoiceByLayer
 from .marks import NotAChain, Position, Segment, segments
 
 # Each kind of layers has each choice at least this many times, if each kind has at least this many layers on average.
@@ -17,6 +18,8 @@ from .marks import NotAChain, Position, Segment, segments
 MANY = 4
 # The most layers in a stretch. A machine that is slow for a while should slow down more than one stretch.
 LONGEST = 32
+# Checkpoints of one layer are timed if other checkpoints span at least this many.
+_LEAST_RUN = 8
 # With fewer samples of a group, two or three disturbed ones would be a quarter of all.
 FEW = 16
 
@@ -55,6 +58,12 @@ class Pattern:
         return [(stretch + step * self._stretches[kind]) % self._count for kind, stretch in self._places]
 
 
+def offers_one_more(kinds: list[int], count: int) -> bool:
+    """Whether checkpoints of one layer can be timed beside `count` other choices in no more steps."""
+    pattern = Pattern(kinds, count + 1)
+    return pattern.longest >= _LEAST_RUN and pattern.steps == Pattern(kinds, count).steps
+
+
 def seconds_of(bench: Bench, order: list[str], kinds: list[int], levels: list[str]) -> "Seconds":
     """Time all choices.
 
@@ -62,6 +71,8 @@ def seconds_of(bench: Bench, order: list[str], kinds: list[int], levels: list[st
     """
     pattern = Pattern(kinds, len(levels))
     chosen, timed = [], []
+    begins: dict[tuple[int, str], list[float]] = {}
+    index_of = {name: index for index, name in enumerate(order)}
     twins: dict[tuple[int, ...], tuple[ChoiceByLayer, nn.Module]] = {}
     for step in range(pattern.steps):
         numbers = tuple(pattern.choices(step))
@@ -76,20 +87,26 @@ def seconds_of(bench: Bench, order: list[str], kinds: list[int], levels: list[st
             raise NotAChain("layers are called in another order from step to step, or left out at random")
         chosen.append(list(by_layer.choices.values()))
         timed.append(_shared_in_runs(segments(points), by_layer, order))
-    return Seconds.fitted(timed, chosen, kinds)
+        for run in by_layer.runs():
+            for name in run:
+                key = kinds[index_of[name]], by_layer.choices[name]
+                begins.setdefault(key, []).append(1 / len(run))
+    fitted = Seconds.fitted(timed, chosen, kinds)
+    fitted.begins = {key: statistics.fmean(own) for key, own in begins.items()}
+    return fitted
 
 
 def _shared_in_runs(
     step: dict[Position, Segment], by_layer: ChoiceByLayer, order: list[str]
 ) -> dict[Position, Segment]:
-    """Give all layers of a checkpoint the same share of its backward pass.
+    """Give all layers of a checkpoint the same share of its forward pass, and of its backward pass.
 
-    The backward pass of the last layer runs all of them again.
+    The forward pass of the first layer begins the checkpoint, and the backward pass of the last runs all layers again.
     """
     index_of = {name: index for index, name in enumerate(order)}
     shared = dict(step)
-    for run in by_layer.runs():
-        positions = [("backward", index_of[name]) for name in run]
+    for run, part in itertools.product(by_layer.runs(), ("forward", "backward")):
+        positions = [(part, index_of[name]) for name in run]
         mean = statistics.fmean(step[position].seconds for position in positions)
         shared |= {position: step[position]._replace(seconds=mean) for position in positions}
     return shared
@@ -105,9 +122,13 @@ class Seconds:
     Segments of one pass, one kind of layer and one choice form a group. The model is: seconds of a segment = seconds of
     the group * slowness of the machine in that step. A disturbance of a single segment can only slow that segment down,
     so the slower ones are left out of the estimate of a group (see `_typical`).
+
+    Attributes:
+        begins: for each kind of layers and each checkpoint, how many checkpoints began in the timed steps per layer.
     """
 
     def __init__(self, by_group: dict[Group, float], kinds: list[int]) -> None:
+        self.begins: dict[tuple[int, str], float] = {}
         self._by_group = by_group
         self._choices = {choice for _, _, choice in by_group}
         self._kinds = kinds
@@ -119,6 +140,26 @@ class Seconds:
     def has(self, choice: str) -> bool:
         """Whether the choice was timed."""
         return choice in self._choices
+
+    def begin(self, index: int) -> float:
+        """Return the seconds that a checkpoint from the i-th layer on adds once; 0.0 where that was not measured.
+
+        The layers of checkpoints of one layer take the seconds of a layer and those of a beginning. The layers of
+        longer checkpoints share the latter.
+        """
+        if not self.has(LONE_CHECKPOINT):
+            return 0.0
+        lone, shared = (
+            sum(self.of((part, index), choice) for part in ("forward", "backward"))
+            for choice in (LONE_CHECKPOINT, PLAIN_CHECKPOINT)
+        )
+        begins = self.begins[self._kinds[index], PLAIN_CHECKPOINT]
+        return max(lone - shared, 0.0) / (1 - begins) if begins < 1 else 0.0
+
+    def of_run(self, index: int, choice: str) -> tuple[float, float]:
+        """Return the seconds of a layer's passes in a checkpoint, without those of a beginning."""
+        share = self.begin(index) * self.begins.get((self._kinds[index], choice), 0.0)
+        return self.of(("forward", index), choice), self.of(("backward", index), choice) - share
 
     def of_step(self, choice: str) -> float:
         """Return the seconds of a whole step with all layers at one choice."""

@@ -1,6 +1,6 @@
 """Arguments of calls that will be repeated: which are allowed, how they are recorded, and how they are restored."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +26,18 @@ class Input(NamedTuple):
 
 def are_plain(values: Sequence[Any]) -> bool:
     """Whether all values are dense tensors, numbers, strings, and plain tuples and dicts of these."""
+    return next(not_plain_among(values), None) is None
+
+
+def not_plain_among(values: Iterable[Any]) -> Iterator[type]:
+    """The types of the values, and of those in plain tuples and dicts, that are none of these."""
     for value in values:
-        if type(value) in (tuple, dict):
-            if not are_plain(tuple(value.values()) if isinstance(value, dict) else value):
-                return False
+        if type(value) is tuple:
+            yield from not_plain_among(value)
+        elif type(value) is dict:
+            yield from not_plain_among(value.values())
         elif not (isinstance(value, _PLAIN) or (isinstance(value, Tensor) and _is_dense(value))):
-            return False
-    return True
+            yield type(value)
 
 
 def _is_dense(tensor: Tensor) -> bool:

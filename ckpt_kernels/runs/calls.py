@@ -1,6 +1,7 @@
 """A layer's call, with everything that is needed to repeat the call exactly."""
 
 import contextlib
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,11 +16,15 @@ from ..call_state import BufferSnapshot, autocast_state
 from ..nested_values import tensors_among
 from ..random_state import RandomState
 from ..recompute.biases import address_of
+from .arguments import version_of
 from .held import Held
-from .module_state import restored
 
 if TYPE_CHECKING:
     from .run import Run
+
+
+_CAN_BE_DISTRIBUTED = torch.distributed.is_available()
+_VERSION = operator.attrgetter("_version")
 
 
 class Place(NamedTuple):
@@ -70,27 +75,30 @@ class Call:
         self.autocast = autocast_state()
         self.backend = backends.chosen()
         # In distributed runs sharding exchanges, gathers and frees parameters between the passes.
-        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.parameters = () if is_distributed else _versions_of(held.parameters)
-        self.states = () if is_distributed else held.states
+        is_distributed = _CAN_BE_DISTRIBUTED and torch.distributed.is_initialized()
+        self.parameters = [] if is_distributed else held.parameters
+        self.memory = _memory_of(self.parameters)
+        self.states = None if is_distributed else held.states
 
     def repeat(self, args: list[Any], kwargs: dict[str, Any], alone: bool) -> list[Tensor]:
         """Repeats the call with the random numbers, autocast, backend, buffers and modules' states of the first pass.
-        Returns the result's tensors."""
-        for parameter, version, address in self.parameters:
-            if parameter._version != version or address_of(parameter) != address:
+        Returns the result's tensors. The run restores the generators afterwards."""
+        before, now = self.memory, _memory_of(self.parameters)
+        for parameter, was, found in zip(self.parameters, before, now, strict=True) if now != before else ():
+            if found != was:
                 raise RuntimeError(
                     f"a parameter of a checkpointed layer, {parameter.dtype} {tuple(parameter.shape)}, was modified by "
-                    f"an in-place operation since, or given other memory: it is at version {parameter._version}; "
-                    f"expected version {version} and the same memory"
+                    f"an in-place operation since, or given other memory: it is at version {found[0]}; expected "
+                    f"version {was[0]} and the same memory"
                 )
         # A sharded layer gathers its weights in hooks of the module. For a single layer the backward pass has gathered
         # them.
         function = self.module if not alone and is_sharded(self.module) else self.function
+        # The state is restored also if nothing was drawn: a layer may put a generator's state back itself.
+        self.random.restore()
         with contextlib.ExitStack() as stack:
-            # The state is restored also if nothing was drawn: a layer may put a generator's state back itself.
-            stack.enter_context(self.random.restored())
-            stack.enter_context(restored(self.states))
+            if self.states is not None:
+                stack.enter_context(self.states.restored())
             for buffer in self.written:
                 stack.enter_context(buffer.restored())
             if backends.chosen() != self.backend:
@@ -101,9 +109,12 @@ class Call:
             return list(tensors_among(function(*args, **kwargs)))
 
 
-def _versions_of(parameters: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, int, int]]:
-    """The versions and addresses of parameters."""
-    return [(p, p._version, address_of(p)) for p in parameters if not p.is_inference()]
+def _memory_of(parameters: Sequence[nn.Parameter]) -> list[tuple[int | None, int]]:
+    """The version and the address of each parameter."""
+    try:
+        return list(zip(map(_VERSION, parameters), map(Tensor.data_ptr, parameters), strict=True))
+    except RuntimeError:  # inference tensors have no version, and some subclasses no address
+        return [(version_of(parameter), address_of(parameter)) for parameter in parameters]
 
 
 def is_sharded(module: nn.Module) -> bool:

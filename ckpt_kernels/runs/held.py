@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .module_state import ModuleState
+from .module_state import ModuleStates, lasting_copy
 
 # Types of attributes that are no generators, and of parameters and buffers that are not lazy. One set operation over
 # all types takes less time than to ask `isinstance` of each value.
@@ -23,13 +23,13 @@ class Held(NamedTuple):
         parameters: the parameters.
         buffers: each buffer, with the module that it belongs to.
         generators: the generators among the modules' attributes.
-        states: the state of each module.
+        states: the state of the modules.
     """
 
     parameters: list[nn.Parameter]
     buffers: list[tuple[Tensor, nn.Module]]
     generators: list[torch.Generator]
-    states: list[ModuleState]
+    states: ModuleStates
 
 
 def held_by(layer: nn.Module) -> Held | None:
@@ -37,13 +37,12 @@ def held_by(layer: nn.Module) -> Held | None:
     parameters: list[nn.Parameter | None] = []
     buffers: list[tuple[Tensor, nn.Module]] = []
     generators: list[torch.Generator] = []
-    states: list[ModuleState] = []
-    modules, seen = [layer], set()
+    modules: list[nn.Module] = [layer]
+    seen: dict[nn.Module, None] = {}
     for module in modules:
         if module in seen:
             continue
-        seen.add(module)
-        states.append(ModuleState(module))
+        seen[module] = None
         parameters += module._parameters.values()
         if module._buffers:
             buffers += [(buffer, module) for buffer in module._buffers.values() if buffer is not None]
@@ -52,8 +51,9 @@ def held_by(layer: nn.Module) -> Held | None:
         own = vars(module).values()
         if not _OTHER_TYPES.issuperset(map(type, own)):
             generators += [value for value in own if isinstance(value, torch.Generator)]
-    held = Held([parameter for parameter in parameters if parameter is not None], buffers, generators, states)
-    return None if _is_any_lazy(held.parameters) or _is_any_lazy([buffer for buffer, _ in buffers]) else held
+    initialized = [parameter for parameter in parameters if parameter is not None]
+    found = Held(initialized, buffers, generators, ModuleStates(list(seen), initialized, lasting_copy))
+    return None if _is_any_lazy(found.parameters) or _is_any_lazy([buffer for buffer, _ in buffers]) else found
 
 
 def _is_any_lazy(tensors: Sequence[Tensor]) -> bool:

@@ -1,15 +1,24 @@
-"""The state of modules that a repeated call must find as the first call did: class, plain attributes, parameters and
-whether they require gradients, buffers, children and hooks."""
+"""The state of a layer's modules that a repeated call must find as the first call did: classes, parameters and whether
+they require gradients, buffers, children, hooks, and attributes that are numbers, strings or tensors without a graph.
 
+A state holds the values and no copies, so a tensor that the forward pass replaces, such as the hidden state of a
+recurrent layer, is kept until the backward pass. Tensors with a graph are not held: in a graph that no backward pass
+frees, each call would hold the graph of the call before. Lists and other objects may hold such tensors.
+"""
+
+import collections
 import contextlib
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-# Attributes of these types are restored: numbers, switches such as `training`, and names. Other values may hold tensors
-# that nothing else needs any more, and so are read as they are.
-_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+from ..thin import direct
+
+Values = dict[str, Any]
+
+# The dicts of a module that torch changes in place.
 _CONTAINERS = (
     "_parameters",
     "_buffers",
@@ -20,61 +29,110 @@ _CONTAINERS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+_DICTS = (dict, collections.OrderedDict)
+_EMPTY: Values = {}
+# Stands for a value that a lasting state does not hold.
+_NOT_HELD = object()
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+_OF_TORCH = frozenset(vars(nn.Module()))
+_requires_grad = operator.attrgetter("requires_grad")
 
 
-class ModuleState:
-    """The state of one module at one time, without the modules below.
+class ModuleStates:
+    """The state of several modules at one time, without the modules below them.
 
     Args:
-        module: the module.
-        types: only attributes of these types; None for all.
+        modules: the modules.
+        parameters: the parameters of these modules.
+        copy_of: copies a dict of attributes.
     """
 
-    __slots__ = ("_attributes", "_containers", "_kind", "_module", "_names", "_require_gradients")
+    __slots__ = ("_attributes", "_containers", "_kinds", "_modules", "_parameters", "_require_gradients")
 
-    def __init__(self, module: nn.Module, types: frozenset[type] | None = _PLAIN) -> None:
-        own = vars(module)
-        self._module, self._kind = module, type(module)
-        self._names = frozenset(own)
-        self._attributes = {name: value for name, value in own.items() if types is None or type(value) in types}
-        self._containers = {name: own[name].copy() for name in _CONTAINERS if own.get(name)}
-        self._require_gradients = [(p, p.requires_grad) for p in own["_parameters"].values() if p is not None]
+    def __init__(
+        self, modules: Sequence[nn.Module], parameters: Sequence[Tensor], copy_of: Callable[[Values], Values]
+    ) -> None:
+        self._modules, self._kinds = modules, list(map(type, modules))
+        self._parameters, self._require_gradients = parameters, list(map(_requires_grad, parameters))
+        # Each dict with a copy.
+        self._attributes: list[tuple[Values, Values]] = []
+        self._containers: list[tuple[Values, Values]] = []
+        for module in modules:
+            own = vars(module)
+            self._attributes.append((own, copy_of(own)))
+            for name in _CONTAINERS:
+                # Scripted modules, for one, have objects of another type here, which are not restored.
+                container: Any = own.get(name)
+                if type(container) in _DICTS:
+                    copy = _EMPTY if not container else copy_of(container) if name == "_buffers" else container.copy()
+                    self._containers.append((container, copy))
+
+    def are_current(self) -> bool:
+        """Whether the modules still have this state."""
+        return (
+            _are_same_dicts(self._attributes)
+            and _are_same_dicts(self._containers)
+            and list(map(type, self._modules)) == self._kinds
+            and list(map(_requires_grad, self._parameters)) == self._require_gradients
+        )
 
     def restore(self) -> None:
-        """Give the module this state. Nothing is written where the state is the same."""
-        own = vars(self._module)
-        for name in own.keys() - self._names:
-            del own[name]
-        for name, value in self._attributes.items():
-            if name not in own or own[name] is not value:
-                own[name] = value
-        for name in _CONTAINERS:
-            container, before = own[name], self._containers.get(name, {})
-            if not _are_same(container, before):
-                container.clear()
-                container.update(before)
-        for parameter, requires_grad in self._require_gradients:
+        """Give the modules this state."""
+        for now, before in self._attributes:
+            _restore(now, before)
+        for now, before in self._containers:
+            _restore(now, before)
+            # Another thread may read the dict, which therefore is emptied only to restore the order.
+            if list(now) != list(before):
+                values = now.copy()
+                now.clear()
+                now.update((name, values[name]) for name in before)
+        for module, kind in zip(self._modules, self._kinds, strict=True):
+            if type(module) is not kind:
+                object.__setattr__(module, "__class__", kind)
+        for parameter, requires_grad in zip(self._parameters, self._require_gradients, strict=True):
             if parameter.requires_grad is not requires_grad:
                 parameter.requires_grad_(requires_grad)
-        if type(self._module) is not self._kind:
-            object.__setattr__(self._module, "__class__", self._kind)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """A context in which the modules have this state; afterwards the present one returns, whatever runs within."""
+        # The values that this state does not hold make it another one.
+        now = self if self.are_current() else ModuleStates(self._modules, self._parameters, dict.copy)
+        if now is not self:
+            self.restore()
+        try:
+            yield
+        finally:
+            if not now.are_current():
+                now.restore()
 
 
-def _are_same(some: dict[Any, Any], others: dict[Any, Any]) -> bool:
-    """Whether two dicts hold the same objects in the same order."""
-    if len(some) != len(others):
+def lasting_copy(values: Values) -> Values:
+    """A copy of a dict of attributes, with a mark for the values that a lasting state does not hold."""
+    copy = values.copy()
+    for name, value in values.items():
+        if type(value) not in _PLAIN and name not in _OF_TORCH and (not isinstance(value, Tensor) or value.grad_fn):
+            copy[name] = _NOT_HELD
+    return copy
+
+
+def _restore(now: Values, before: Values) -> None:
+    if _are_same_dicts([(now, before)]):
+        return
+    for name in now.keys() - before.keys():
+        del now[name]
+    now.update((name, value) for name, value in before.items() if value is not _NOT_HELD)
+
+
+def _are_same_dicts(pairs: list[tuple[Values, Values]]) -> bool:
+    """Whether each dict has the names of its copy, in the same order, and the same values, all of which are held."""
+    if direct.thin_module is not None:
+        return direct.thin_module.are_same_dicts(pairs)
+    return all(_have_same_items(now, before) for now, before in pairs)
+
+
+def _have_same_items(now: Values, before: Values) -> bool:
+    if len(now) != len(before):
         return False
-    return all(a is c and b is d for (a, b), (c, d) in zip(some.items(), others.items(), strict=True))
-
-
-@contextlib.contextmanager
-def restored(states: Sequence[ModuleState]) -> Iterator[None]:
-    """Within the context modules have an earlier state; afterwards the state they have now, whatever runs within."""
-    now = [ModuleState(state._module, types=None) for state in states]
-    try:
-        for state in states:
-            state.restore()
-        yield
-    finally:
-        for state in now:
-            state.restore()
+    return all(a == c and b is d for (a, b), (c, d) in zip(now.items(), before.items(), strict=True))

@@ -122,16 +122,20 @@ class Run:
             # Another thread may have repeated the run already.
             if waiting.value is not None or waiting.run is not self:
                 return
-            inputs: dict[int, Tensor] = {}
-            outputs: list[list[Tensor]] = []
-            groups = self._inner_runs()
-            for number, group in enumerate(groups):
-                is_last = number == len(groups) - 1
-                if group[0].places[self._depth + 1 :]:
-                    self._begin_inner_run(group, inputs, outputs, is_last)
-                else:
-                    for call in group:
-                        self._repeat_call(call, inputs, outputs, is_last and call is group[-1])
+            with RandomState.kept({call.random for call in self._calls}):
+                self._repeat_calls()
+
+    def _repeat_calls(self) -> None:
+        inputs: dict[int, Tensor] = {}
+        outputs: list[list[Tensor]] = []
+        groups = self._inner_runs()
+        for number, group in enumerate(groups):
+            is_last = number == len(groups) - 1
+            if group[0].places[self._depth + 1 :]:
+                self._begin_inner_run(group, inputs, outputs, is_last)
+            else:
+                for call in group:
+                    self._repeat_call(call, inputs, outputs, is_last and call is group[-1])
 
     def _inner_runs(self) -> list[list[Call]]:
         """The calls, grouped by inner run; a call in no inner run forms a separate group."""

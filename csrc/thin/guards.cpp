@@ -19,6 +19,28 @@ PyObject* are_same(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   return answer == failed ? nullptr : PyBool_FromLong(answer == yes);
 }
 
+// Whether two dicts hold the same objects under the same names, in the same order.
+bool have_same_items(PyObject* dict, PyObject* other) {
+  if (!PyDict_Check(dict) || !PyDict_Check(other) || PyDict_Size(dict) != PyDict_Size(other)) return false;
+  Py_ssize_t place = 0, other_place = 0;
+  PyObject *name, *value, *other_name, *other_value;
+  while (PyDict_Next(dict, &place, &name, &value)) {
+    if (!PyDict_Next(other, &other_place, &other_name, &other_value)) return false;
+    if (name != other_name || value != other_value) return false;
+  }
+  return true;
+}
+
+PyObject* are_same_dicts(PyObject*, PyObject* pairs) {
+  if (!PyList_Check(pairs)) return PyErr_Format(PyExc_TypeError, "expected a list");
+  for (Py_ssize_t i = 0; i < PyList_Size(pairs); ++i) {
+    PyObject* pair = PyList_GetItem(pairs, i);
+    if (!is_tuple_of(pair, 2)) return PyErr_Format(PyExc_TypeError, "expected pairs of dicts");
+    if (!have_same_items(PyTuple_GetItem(pair, 0), PyTuple_GetItem(pair, 1))) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
 PyObject* is_such(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   if (count != 2) return PyErr_Format(PyExc_TypeError, "expected (module, such)");
   Such such;
@@ -68,6 +90,8 @@ PyObject* plain_linears(PyObject*, PyObject* const* objects, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"are_same", CKPT_FAST(are_same),
      "are_same(found, missing): whether each holder still has its value, for tuples (holder, name, value)."},
+    {"are_same_dicts", are_same_dicts, METH_O,
+     "are_same_dicts(pairs): whether both dicts of each pair hold the same objects under the same names."},
     {"is_such", CKPT_FAST(is_such), "is_such(module, such): whether a module is as `such` describes."},
     {"plain_linears", CKPT_FAST(plain_linears),
      "plain_linears(such, input, *modules): weights and biases of linear layers that are as `such` describes and fit "

@@ -15,19 +15,14 @@ PyObject* of_kinds[3] = {};
 
 // The fields of Python's `GlobalStateGuard`.
 struct Quiet {
-  PyObject *still, *same, *sizes, *empty;
+  PyObject *still, *same, *without, *empty;
 
   // False, with an error, if the object has another form.
-  bool read(PyObject* quiet) { return read_fields(quiet, {&still, &same, &sizes, &empty}, 0); }
+  bool read(PyObject* quiet) { return read_fields(quiet, {&still, &same, &without, &empty}, 0); }
 };
 
-Answer has_size(PyObject* held, PyObject* size) {
-  const Py_ssize_t now = PyObject_Size(held), was = PyLong_AsSsize_t(size);
-  return PyErr_Occurred() ? failed : now == was ? yes : no;
-}
-
-// Makes a check for each pair of a holder and what belongs to the holder.
-Answer of_each(PyObject* pairs, Answer (*question)(PyObject* held, PyObject* expected)) {
+// Makes a check for each (holder, names).
+Answer of_each(PyObject* pairs, Answer (*question)(PyObject* held, PyObject* names)) {
   Answer answer = yes;
   for (Py_ssize_t i = 0; answer == yes && i < PyTuple_Size(pairs); ++i) {
     PyObject* pair = PyTuple_GetItem(pairs, i);
@@ -42,7 +37,7 @@ Answer is_quiet(const Quiet& quiet) {
     if (answer != no) return answer == yes ? no : failed;
   }
   Answer answer = are_all_the_same(quiet.same, nullptr);
-  if (answer == yes) answer = of_each(quiet.sizes, has_size);
+  if (answer == yes) answer = of_each(quiet.without, has_none);
   return answer == yes ? of_each(quiet.empty, are_empty) : answer;
 }
 
