@@ -135,21 +135,38 @@ def decorated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 class Decorated(MLP):
     @decorated
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return self.down(self.act(self.up(x))) * scale
+    def forward(self, x: Tensor, scale: float = 1.0, *, shift: float = 0.0) -> Tensor:
+        return self.down(self.act(self.up(x))) * scale + shift
 
 
-def twice_decorated(self: nn.Module, x: Tensor, scale: float = 1.0) -> Tensor:
-    return self.down(self.act(self.up(x))) * 2 * scale
+def twice_decorated(self: nn.Module, x: Tensor, scale: float = 1.0, *, shift: float = 0.0) -> Tensor:
+    return self.down(self.act(self.up(x))) * 2 * scale + shift
 
 
-@pytest.mark.parametrize("attribute, value", [("__code__", twice_decorated.__code__), ("__defaults__", (3.0,))])
+@pytest.mark.parametrize(
+    "attribute, value",
+    [("__code__", twice_decorated.__code__), ("__defaults__", (3.0,)), ("__kwdefaults__", {"shift": 1.0})],
+)
 def test_the_function_behind_a_decorator_is_changed(
     attribute: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, converted = twins(Decorated)
     assert found_in(ckpt_kernels.convert(converted))[""] == "MLP"
     monkeypatch.setattr(vars(Decorated.forward)["__wrapped__"], attribute, value)
+    assert close(results_of(converted, rows()), results_of(model, rows()))
+
+
+def negated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrapper(self: nn.Module, *args: Any) -> Tensor:
+        return -function(self, *args)
+
+    return wrapper
+
+
+def test_the_code_of_a_decorator_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, converted = twins(Decorated)
+    assert found_in(ckpt_kernels.convert(converted))[""] == "MLP"
+    monkeypatch.setattr(Decorated.forward, "__code__", negated(torch.relu).__code__)
     assert close(results_of(converted, rows()), results_of(model, rows()))
 
 
@@ -369,6 +386,23 @@ def test_the_forward_of_a_norm_in_a_chain_is_replaced(kind: type[nn.Module], mon
     monkeypatch.setattr(kind, "forward", lambda self, x: x.sin())
     x = rows()[0].view(-1, WIDTH, 1) if kind is not nn.LayerNorm else rows()
     assert close(results_of(converted, x), results_of(model, x))
+
+
+class Sigmoidal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+def test_the_forward_of_an_activation_in_an_mlp_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> nn.Module:
+        mlp = MLP()
+        mlp.act = Sigmoidal()
+        return mlp
+
+    model, converted = twins(made)
+    assert found_in(ckpt_kernels.convert(converted))[""] == "MLP"
+    monkeypatch.setattr(Sigmoidal, "forward", lambda self, x: x.sin())
+    assert close(results_of(converted, rows()), results_of(model, rows()))
 
 
 class WrittenByMethods(nn.Module):
