@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -127,6 +128,59 @@ def test_cells_of_random_programs_equal_pythons(part: int) -> None:
             assert found == run()
 
 
+def noted_program(seed: int, x: Tensor, p: Parameters) -> Tensor:
+    """A sum of losses after random ops, noted as by `convert`; views and copies of their results; and writes."""
+    choose = random.Random(seed)
+    values, losses = [x * 1.5, F.layer_norm(x, 16)], []
+
+    def noted(output: Tensor, *operands: Any) -> Tensor:
+        if choose.random() < 0.7:
+            announcing.note(output, *operands)
+        return output
+
+    ops: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda a, b: noted(a + b, a, b),
+        lambda a, b: noted(a * b, a, b),
+        lambda a, b: noted(a + 1, a, 1),
+        lambda a, b: noted(a + b[:1], a, b[:1]),
+        lambda a, b: noted(torch.cat([a, b]), a, b)[8:24],
+        lambda a, b: noted(a + p["e"], a, p["e"]),
+        lambda a, b: noted(a + p["bias"], a, p["bias"]),
+        lambda a, b: a / 2,
+        lambda a, b: a.exp() - b,
+        lambda a, b: a.t().contiguous(),
+        lambda a, b: a.unsqueeze(0).expand(2, 16, 16).reshape(32, 16)[4:20],
+        lambda a, b: a.view(2, 8, 16).transpose(0, 1).reshape(16, 16),
+        lambda a, b: p["e"].unsqueeze(0).expand(2, 16, 16)[1] + 0,
+        lambda a, b: F.layer_norm(a, 16, activation="silu"),
+        lambda a, b: F.layer_norm(a, 16).add_(b),
+        lambda a, b: (a @ p["a"]).add_(b),
+        lambda a, b: TF.dropout(a, 0.5),
+    ]
+    for _ in range(3 + seed % 20):
+        values.append(choose.choice(ops)(choose.choice(values), choose.choice(values)))
+        if choose.random() < 0.4:
+            losses.append(TF.linear(choose.choice(values), p["b"]).sin().sum())
+    return sum(losses + [TF.linear(value, p["a"]).sin().sum() for value in values[-3:]])
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_cells_of_noted_programs_equal_pythons(part: int) -> None:
+    p = Square()
+    p["bias"] = nn.Parameter(random_tensor(16))
+    x = random_tensor(16, 16).requires_grad_()
+    for seed in range(part * 40, part * 40 + 40):
+
+        def run(seed: int = seed) -> list[Any]:
+            torch.manual_seed(seed)
+            with recompute.discard_outputs(products=seed % 2 == 1, temporaries=seed % 5 == 0):
+                return all_described(noted_program(seed, x, p))
+
+        found = run()
+        with python_only():
+            assert found == run()
+
+
 @contextlib.contextmanager
 def no_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def fail(*arguments: Any) -> Any:
@@ -150,6 +204,18 @@ def test_usual_cases_run_without_python(monkeypatch: pytest.MonkeyPatch) -> None
         q, k = (t.transpose(1, 2) for t in TF.linear(F.rms_norm(h, 32), p["b"]).view(4, 8, 2, 16).unbind(2)[:2])
         contiguous = (q @ k.transpose(1, 2)).contiguous()
         loss = (contiguous * contiguous.detach()).sum() + TF.log_softmax(h, -1).sum()
+        loss.backward()
+
+
+def test_results_out_of_reach_run_without_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of quotients, quotients of sums, sums with parameters of several dimensions, and written products."""
+    x, weight = random_tensor(4, 8, 32, seed=1).requires_grad_(), nn.Parameter(random_tensor(32, 32))
+    with no_python(monkeypatch), recompute.discard_outputs():
+        total = x + TF.linear(x, weight)
+        read = [(total / 2).expand(4, 8, 32).transpose(1, 2).reshape(4, 256), (total + 1) / 2]
+        read.append(TF.linear(x, weight).add_(total))
+        read.append(torch.cat([weight.unsqueeze(0).expand(2, 32, 32), weight.unsqueeze(0)]))
+        loss = sum((each * torch.ones_like(each).requires_grad_()).sum() for each in read)
         loss.backward()
 
 

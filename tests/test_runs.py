@@ -372,7 +372,6 @@ def test_a_layer_with_another_shape_when_recomputed_is_an_error() -> None:
 
 @pytest.mark.parametrize("name", TREES)
 def test_nothing_of_a_run_outlives_its_backward_pass(name: str) -> None:
-    gc.collect()  # cycles of other tests may hold runs
     net, x = made(TREES[name]), inputs()
     before = whole_tensors()
     gc.disable()

@@ -1,5 +1,6 @@
 """Helpers of the ops: tensors as matrices of rows, memory for results, gradients in their dtypes."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -26,17 +27,27 @@ def strided_rows(tensor: Tensor, columns: int) -> Tensor:
     """
     if tensor.is_contiguous() or tensor.dim() < 3 or tensor.shape[-1] != columns or tensor.stride(-1) != 1:
         return as_rows(tensor, columns)
+    try:
+        levels = _levels(tensor.shape, tensor.stride())
+    except TypeError:  # sizes are symbolic under torch.compile, and no cache can hold them
+        levels = _levels.__wrapped__(tensor.shape, tensor.stride())
+    return as_rows(tensor, columns) if levels is None else tensor.as_strided(*levels)
+
+
+@functools.lru_cache(maxsize=1024)
+def _levels(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The sizes and strides of (outer, middle, inner, columns); None for rows on one level, or on more than three."""
     levels: list[list[int]] = []
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+    for size, stride in zip(shape[:-1], strides[:-1], strict=True):
         if levels and levels[-1][1] == size * stride:
             levels[-1] = [levels[-1][0] * size, stride]
         elif size != 1:
             levels.append([size, stride])
     if len(levels) < 2 or len(levels) > 3:
-        return as_rows(tensor, columns)
+        return None
     levels = [[1, 0]] * (3 - len(levels)) + levels
-    sizes, strides = zip(*levels, strict=True)
-    return tensor.as_strided((*sizes, columns), (*strides, 1))
+    level_sizes, level_strides = zip(*levels, strict=True)
+    return (*level_sizes, shape[-1]), (*level_strides, 1)
 
 
 def as_matrices(like: Tensor, *tensors: Tensor | None, columns: int | None = None) -> list[Tensor | None]:

@@ -20,7 +20,7 @@ from .cells import Cell, Kept, empty_of
 from .discarder import Discarder
 from .entries import Block, Entries, Entry
 from .recipes import LONGEST_CHAIN, Claim, Recipe
-from .rules import ATTENTIONS, KEEPING_RESULT, PASSING
+from .rules import GATHERS, KEEPING, PRIVATE_READERS, SAVED_BY, VIEWS, WRITERS
 from .transforms import allow_transforms
 
 _is_traced = torch.compiler.is_dynamo_compiling
@@ -159,10 +159,10 @@ def _are_same(hooks: tuple[Any, Any] | None, others: tuple[Any, Any]) -> bool:
 def use_library(thin: Any) -> None:
     """Lets `thin`, the module `_thin`, pack, record and unpack in the usual cases."""
     hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
-    stops = ATTENTIONS | KEEPING_RESULT | {nodes.LEAF}
     graph_task, storage = torch._C._current_graph_task_id, torch.UntypedStorage
     thin.set_up_classes(Announced, Block, Cell, Claim, Discarder, Entries, Entry, Kept, Recipe)
-    thin.set_up_cells(torch.strided, LONGEST_CHAIN, PASSING, stops, BackwardCFunction)
+    names = SAVED_BY, KEEPING | {nodes.LEAF}, frozenset(VIEWS), WRITERS, PRIVATE_READERS, GATHERS
+    thin.set_up_cells(torch.strided, torch.float32, LONGEST_CHAIN, *names, BackwardCFunction)
     top = hooks._top_saved_tensors_default_hooks
     thin.set_up_records(thread, top, backends.chosen, type(threading.RLock()), empty_of)
     thin.set_up_storages(storage._expired, storage._free_weak_ref)

@@ -220,11 +220,16 @@ RULES = {
     # A view of a copy that `reshape` made, or of a matrix product.
     "UnsafeViewBackward0": Rule(torch.reshape, (None,), _shape, private=True),
 }
-# Nodes that save none of their operands. Every operand has to be found through an edge, and without one of them there
-# is no recipe. `csrc/thin/graph.cpp` relies on this.
-PASSING = frozenset(
-    name for name, rule in RULES.items() if name not in BY_RESULT and (rule.saved is None or not any(rule.saved))
-)
+# What csrc/thin/graph.cpp knows of the rules: the attributes with the saved operands, of nodes that do not save their
+# result; the nodes whose output may be kept by themselves; and other kinds of nodes by name.
+SAVED_BY = {
+    name: tuple(None if saved is None else f"_raw_saved_{saved}" for saved in rule.saved or ())
+    for name, rule in RULES.items()
+    if name not in BY_RESULT
+}
+KEEPING = ATTENTIONS | KEEPING_RESULT | frozenset(BY_RESULT)
+PRIVATE_READERS = frozenset(name for name, rule in RULES.items() if rule.private)
+GATHERS = frozenset(name for name, rule in RULES.items() if rule.is_gather)
 PRODUCTS = {
     "GroupedMmBackward0": Rule(_grouped_mm, ("self", "mat2"), _dtype, extras="offs"),
     "AddmmBackward0": Rule(_addmm, (None, "mat1", "mat2"), _attributes("beta", "alpha"), autocast_operand=0),

@@ -27,7 +27,6 @@ class State:
         "__weakref__",
         "_boundaries",
         "_products",
-        "_temporaries",
         "all_entries",
         "announced",
         "biases",
@@ -42,11 +41,12 @@ class State:
         "rules",
         "small_operands",
         "stacked",
+        "temporaries",
     )
 
     def __init__(self, module: nn.Module | None, products: bool, temporaries: bool) -> None:
         self._products = products
-        self._temporaries = temporaries
+        self.temporaries = temporaries
         self.all_entries = Entries()
         self.biases = _ANY_BIAS if module is None else Biases(module)
         self.stacked = _NO_STACKED_WEIGHTS if module is None else StackedWeights(module)

@@ -30,7 +30,9 @@ class BiasAct(Plan):
     def forward(ctx: Any, input: Tensor, bias: Tensor | None, seed: Tensor | None, plan: "BiasAct") -> Tensor:
         output = _empty_like(input)
         if not _forward(input, bias, seed, output, *plan._native):
-            return plan.fall_back(ctx, input, bias, seed)
+            flat = _flat(input, output) if bias is None and seed is None else None
+            if flat is None or not _forward(flat[0], None, None, flat[1], *plan._native):
+                return plan.fall_back(ctx, input, bias, seed)
         if ctx is not None:
             ctx.plan, ctx.options = plan, plan.options
             ctx.set_materialize_grads(False)
@@ -46,8 +48,18 @@ class BiasAct(Plan):
         grad_bias = _empty_like(bias) if wanted[1] else None
         added = None if self._by_output else bias  # the saved output includes the bias
         if not _backward(grad_output, kept, added, seed, grad_input, grad_bias, None, *self._native):
-            return None
+            flat = _flat(grad_output, kept, grad_input) if bias is None and seed is None and wanted[0] else None
+            if flat is None or not _backward(*flat[:2], None, None, flat[2], None, None, *self._native):
+                return None
         return grad_input, grad_bias, None, None
+
+
+def _flat(*tensors: Tensor) -> list[Tensor] | None:
+    """The elements in the order in which they lie in memory, as in feature maps with channels last; None if that order
+    is not the same for all. The last tensor is dense."""
+    last = tensors[-1]
+    strides, count = last.stride(), last.numel()
+    return [t.as_strided((count,), (1,)) for t in tensors] if all(t.stride() == strides for t in tensors) else None
 
 
 def bias_act(input: Tensor, bias: Tensor | None, options: ops.bias_act.Options) -> BiasAct | None:

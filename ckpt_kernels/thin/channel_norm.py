@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, recompute
 from ..activations import CODES
 from ..backends.reference import compute_dtype
 from ..ops.channel_layout import maps_of
-from ..ops.channel_steps import GradientOptions, Options, slope_source
-from .direct import direct
+from ..ops.channel_steps import GradientOptions, Options, rematerialized, slope_source
+from .direct import direct, is_plain
 from .plan import Plan, thread
 
 _forward, _backward = direct("channel_norm_forward"), direct("channel_norm_backward")
@@ -32,7 +32,7 @@ class ChannelNorm(Plan):
         sizes = (*maps.sizes, groups)
         self._statistics = (samples, groups) if groups else (channels,)
         self._dtype = compute_dtype(input.dtype)
-        self._native_forward = (*sizes, eps, CODES[activation], False)
+        self._native_forward = (*sizes, eps, CODES[activation])
         self._native_backward = (*sizes, float(count), eps, False, CODES[activation])
         # The options of the gradient, without and with the activation's slope from the output.
         self._kept_options = [GradientOptions(*options, False, by_output) for by_output in (False, True)]
@@ -51,7 +51,7 @@ class ChannelNorm(Plan):
         output = _empty_like(input)
         mean = input.new_empty(plan._statistics, dtype=plan._dtype)
         var = _empty_like(mean)
-        if not _forward(input, residual, weight, bias, output, mean, var, *plan._native_forward):
+        if not _forward(input, residual, weight, bias, output, mean, var, *plan._native_forward, False):
             return plan.fall_back(ctx, input, residual, weight, bias, None, None)
         if ctx is not None:
             other, by_output = slope_source(plan.options.activation, residual, output)
@@ -60,12 +60,16 @@ class ChannelNorm(Plan):
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(input, other, weight, bias, mean, var)
             if thread.active:
-                plan.announce(ctx, (input, residual, weight, bias, None, None), (output, mean, var))
+                recompute.announce((plan.rebuilt, (input, residual, weight, bias, mean, var)))
         return output, mean, var
 
-    def recipe(self, ctx: Any, arguments: tuple, results: Sequence[Tensor | None]) -> Any:
-        """The op's recipe, which starts from the statistics. A plan's forward pass cannot."""
-        return self.op.recipe(ctx, arguments, results)
+    def rebuilt(self, *tensors: Tensor | None) -> Tensor:
+        """Recomputes the output from input, residual, weight, bias and the statistics."""
+        if is_plain(*tensors):
+            output = _empty_like(tensors[0])
+            if _forward(*tensors[:4], output, *tensors[4:], *self._native_forward, True):
+                return output
+        return rematerialized(self.options, *tensors)
 
     def backward(self, ctx: Any, saved: Sequence[Tensor | None], grad_output: Tensor, *_: None) -> tuple | None:
         input, _, weight, bias, _, _ = saved
@@ -76,8 +80,11 @@ class ChannelNorm(Plan):
             _empty_like(weight) if wanted[2] else None,
             _empty_like(bias) if wanted[3] else None,
         )
-        if not _backward(grad_output, *saved, *gradients, *self._native_backward, ctx.options.by_output):
-            return None
+        others = (*saved, *gradients, *self._native_backward, ctx.options.by_output)
+        if not _backward(grad_output, *others):
+            # The full path copies such gradients too.
+            if grad_output.is_contiguous() or not _backward(grad_output.contiguous(), *others):
+                return None
         return *gradients, None, None, None
 
 

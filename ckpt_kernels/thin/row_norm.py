@@ -1,6 +1,5 @@
 """Plans of the row norms."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from .. import ops, recompute
 from ..activations import CODES
 from ..backends.blocks import RowNormOptions
 from ..backends.reference import compute_dtype
+from ..ops.operands import contiguous, strided_rows
 from .direct import direct, is_plain
 from .plan import Plan, thread
 
@@ -53,11 +53,11 @@ class RowNorm(Plan):
                 return plan.fall_back(ctx, *operands)
         rstd = input.new_empty(plan._rows, dtype=plan._dtype)
         mean = _empty_like(rstd) if plan._centered else None
-        output = _empty_like(input)
-        residual_out = None if residual is None else _empty_like(input)
+        output = contiguous(input)
+        residual_out = None if residual is None else contiguous(input)
         factor, offset = (weight, bias) if scale is None else (1 + scale, shift)
-        results = (mean, rstd, output, residual_out)
-        if not _forward(input, residual, gate, factor, offset, seed, *results, *plan._native_forward, False):
+        others = (factor, offset, seed, mean, rstd, output, residual_out, *plan._native_forward, False)
+        if not (_forward(*operands[:3], *others) or _forward(*plan._as_rows(*operands[:3]), *others)):
             return plan.fall_back(ctx, *operands)
         if ctx is not None:
             ctx.plan, ctx.options = plan, plan.options
@@ -84,19 +84,17 @@ class RowNorm(Plan):
             factor, offset, wants_factor, wants_offset = 1 + scale, shift, wants_scale, wants_shift
         # With a gate before the norm, both gradients come from the same products.
         both = self._gate_before_norm and (wants_input or wants_gate)
-        grad_input = _empty_like(input) if wants_input or wants_residual or both else None
+        grad_input = contiguous(input) if wants_input or wants_residual or both else None
         # Without dropout the gradients of input and residual are one tensor.
-        grad_residual = _empty_like(input) if seed is not None and grad_input is not None else None
-        grad_gate = _empty_like(gate) if wants_gate or both else None
+        grad_residual = contiguous(input) if seed is not None and grad_input is not None else None
+        grad_gate = contiguous(gate) if wants_gate or both else None
         grad_factor = _empty_like(factor) if wants_factor else None
         grad_offset = _empty_like(offset) if wants_offset else None
-        operands = (grad_output, grad_residual_out, input, gate, factor, offset, seed, mean, rstd)
+        large = (grad_output, grad_residual_out, input, gate)
         gradients = (grad_input, grad_residual, grad_gate, grad_factor, grad_offset)
-        if not _backward(*operands, *gradients, None, *self._native):
-            # The full path copies such gradients too.
-            grads = grad_output, grad_residual_out
-            copied = [_with_adjacent_columns(grad) for grad in grads]
-            return None if all(map(operator.is_, copied, grads)) else self.backward(ctx, saved, *copied)
+        others = (factor, offset, seed, mean, rstd, *gradients, None, *self._native)
+        if not (_backward(*large, *others) or _backward(*self._as_rows(*large), *others)):
+            return None
         total = grad_input if grad_residual is None else grad_residual
         affine = (None, None, grad_factor, grad_offset) if scale is None else (grad_factor, grad_offset, None, None)
         return (
@@ -111,17 +109,18 @@ class RowNorm(Plan):
     def rebuilt(self, *tensors: Tensor | None) -> Tensor:
         """Recomputes the output from the kept tensors."""
         input, gate, scale, shift, weight, bias, _, mean, rstd = tensors
-        output = _empty_like(input)
-        factor, offset = (weight, bias) if scale is None else (1 + scale, shift)
-        operands = (input, None, gate, factor, offset, None, mean, rstd, output, None)
-        if is_plain(*tensors) and _forward(*operands, *self._native_forward, True):
-            return output
+        if is_plain(*tensors):
+            output = contiguous(input)
+            factor, offset = (weight, bias) if scale is None else (1 + scale, shift)
+            others = (factor, offset, None, mean, rstd, output, None, *self._native_forward, True)
+            if _forward(input, None, gate, *others) or _forward(*self._as_rows(input, None, gate), *others):
+                return output
         return ops.row_norm.rebuilt(tensors, self.options)
 
-
-def _with_adjacent_columns(grad: Tensor | None) -> Tensor | None:
-    """The gradient, copied if the elements of a row are not adjacent, as in the expanded gradient of a sum."""
-    return grad if grad is None or grad.stride(-1) == 1 else grad.contiguous()
+    def _as_rows(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """The tensors as rows, viewed or copied as in the full path, for strides that the kernel does not take."""
+        columns = self.options.columns
+        return [None if t is None else strided_rows(t, columns) for t in tensors]
 
 
 def row_norm(

@@ -40,7 +40,8 @@ struct ClaimClass : Slotted {
 };
 
 struct DiscarderClass : Slotted {
-  Slot all_entries, announced, held, is_apart, is_closed, is_in_layer, is_paused, may_be_sharded, outer, rules;
+  Slot all_entries, announced, held, is_apart, is_closed, is_in_layer, is_paused, may_be_sharded, outer, rules,
+      temporaries;
   bool read(PyObject* of) {
     return find(of, {{&all_entries, "all_entries"},
                      {&announced, "announced"},
@@ -51,7 +52,8 @@ struct DiscarderClass : Slotted {
                      {&is_paused, "is_paused"},
                      {&may_be_sharded, "may_be_sharded"},
                      {&outer, "outer"},
-                     {&rules, "rules"}});
+                     {&rules, "rules"},
+                     {&temporaries, "temporaries"}});
   }
 };
 

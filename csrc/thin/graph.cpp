@@ -1,119 +1,239 @@
 #include "graph.h"
 
 #include "classes.h"
+#include "members.h"
 
 namespace ckpt {
 
 namespace {
 
 // Like provenance.MOST_STEPS, but need not be equal: with a smaller number Python is asked more often.
-constexpr Py_ssize_t most_nodes = 12;
+constexpr Py_ssize_t most_nodes = 24;
 
 PyObject *of_name = nullptr, *of_next_functions = nullptr, *of_metadata = nullptr, *of_note = nullptr;
-PyObject* of_recomputed_block = nullptr;
-// The arguments of `read_graph_by`.
-PyObject *passing_names = nullptr, *stop_names = nullptr, *python_node_type = nullptr;
+PyObject *of_recomputed_block = nullptr, *of_watched = nullptr, *of_data = nullptr, *of_variable = nullptr;
+GraphNames names;
 
-Answer is_in(PyObject* names, PyObject* name) {
-  const int found = PySequence_Contains(names, name);
+Answer is_in(PyObject* holder, PyObject* name) {
+  const int found = PySequence_Contains(holder, name);
   return found < 0 ? failed : found ? yes : no;
 }
 
-// A node, and the number of its output that the following node reads.
+// A node with its name; the number of its output that the following node reads; and whether an in-place write to this
+// output is ruled out.
 struct Edge {
-  Owned node;
+  Owned node, name;
   long output = 0;
+  bool is_unwritten = false;
 };
 
-// A queue of the edges behind a node, the nearest first.
-class Edges {
- public:
-  // False if the queue is full.
-  bool add(Edge edge) {
-    if (count_ == most_nodes) return false;
-    edges_[count_++] = std::move(edge);
-    return true;
-  }
-  const Edge* next() { return at_ < count_ ? &edges_[at_++] : nullptr; }
-
- private:
-  Edge edges_[most_nodes];
-  Py_ssize_t count_ = 0, at_ = 0;
-};
+// The edge at a place of a node's `next_functions`. Without a node there is no name; without either, an error.
+Edge edge_at(PyObject* edges, Py_ssize_t place) {
+  Edge edge;
+  PyObject* pair = PyTuple_GetItem(edges, place);
+  if (!pair || !PyTuple_Check(pair) || PyTuple_Size(pair) != 2) return edge;
+  edge.node = shared(PyTuple_GetItem(pair, 0));
+  edge.output = PyLong_AsLong(PyTuple_GetItem(pair, 1));
+  if (!edge.node.is(Py_None)) edge.name = called(edge.node.get(), of_name);
+  return edge;
+}
 
 // Whether the note on a node has an entry for an operand, so that the edge need not be followed.
 bool is_noted(PyObject* note, Py_ssize_t place, Py_ssize_t edges) {
   return note && PyTuple_Check(note) && PyTuple_Size(note) == edges && PyTuple_GetItem(note, place) != Py_None;
 }
 
-// Adds the nodes at the edges of a node; false after an error.
-bool add_edges(PyObject* node, Edges* queue) {
-  const Owned edges = attribute(node, of_next_functions), metadata = attribute(node, of_metadata);
-  if (!edges || !PyTuple_Check(edges.get()) || !metadata || !PyDict_Check(metadata.get())) return false;
-  PyObject* note = PyDict_GetItemWithError(metadata.get(), of_note);
-  if (!note && PyErr_Occurred()) return false;
-  for (Py_ssize_t i = PyTuple_Size(edges.get()); i-- > 0;) {
-    if (is_noted(note, i, PyTuple_Size(edges.get()))) continue;
-    PyObject* edge = PyTuple_GetItem(edges.get(), i);
-    if (!PyTuple_Check(edge) || PyTuple_Size(edge) != 2) return false;
-    // An edge without a node is a number, or a tensor without a gradient, which a note may cover.
-    PyObject* next = PyTuple_GetItem(edge, 0);
-    const long output = PyLong_AsLong(PyTuple_GetItem(edge, 1));
-    if (output < 0) return false;
-    if (next != Py_None && !queue->add({shared(next), output})) break;
+// Whether a node may hold an operand in the attribute of this name: `no` if it certainly does not.
+Answer may_save(PyObject* node, PyObject* name) {
+  if (name == Py_None) return no;
+  const Owned saved(PyObject_GetAttr(node, name)), data(saved ? PyObject_GetAttr(saved.get(), of_data) : nullptr);
+  return data ? data.is(Py_None) ? no : yes : no_if_exception() == failed ? failed : yes;
+}
+
+Answer is_of_python(PyObject* node) {
+  const int found = PyObject_IsInstance(node, names.python_node);
+  return found < 0 ? failed : found ? yes : no;
+}
+
+class Search {
+ public:
+  Search(PyObject* rules, PyObject* discarder) : rules_(rules), discarder_(discarder) {}
+
+  // Whether the output of this node has certainly no recipe.
+  Answer of(Edge first) {
+    Answer answer = is_without_rule(first.name.get());
+    if (answer != no) return answer;
+    count_ = 1;
+    queue_[0] = std::move(first);
+    for (Py_ssize_t at = 0; at < count_ && answer == no; ++at) answer = visit(queue_[at]);
+    return answer;
   }
-  return true;
-}
 
-// Whether the node of a function in Python is known to have no recipe for the output: a block's of this context has
-// none but for the first output, and a node that `Recording::drop` marked has none for that.
-Answer has_no_recipe_for(const Edge& edge, PyObject* discarder) {
-  const Owned block = attribute(edge.node, of_recomputed_block);
-  if (!block) return no_if_exception();
-  if (edge.output == 0) return block.is(Py_None) ? yes : no;
-  return classes.block.is_type_of(block.get()) && classes.block.owner.is(block.get(), discarder) ? yes : no;
-}
+  // Whether such nodes, from this one on, certainly did not make all writes to a block's output.
+  Answer is_written_by_others(const Owned& node, PyObject* name) const {
+    // A node that saves an operand may save a clone that it wrote over.
+    PyObject* saved = PyDict_GetItemWithError(names.saved, name);
+    if (!saved) return PyErr_Occurred() ? failed : no;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(saved); ++i)
+      if (PyTuple_GetItem(saved, i) != Py_None) return no;
+    Owned block;
+    const Answer leads = leads_to_block(node, name, &block);
+    return leads == failed ? failed : leads == yes ? no : yes;
+  }
 
-// Whether a node that is in none of the rules makes a recipe impossible.
-Answer is_without_recipe(const Edge& edge, PyObject* name, PyObject* discarder) {
-  const Answer stops = is_in(stop_names, name);
-  if (stops != no) return stops == yes ? no : failed;
-  const int is_python = PyObject_IsInstance(edge.node.get(), python_node_type);
-  if (is_python < 0) return failed;
-  return is_python ? has_no_recipe_for(edge, discarder) : yes;
-}
+ private:
+  Answer is_without_rule(PyObject* name) const {
+    if (PyDict_GetItemWithError(rules_, name)) return no;
+    return PyErr_Occurred() ? failed : yes;
+  }
+
+  // Whether a node makes a recipe impossible; else adds the nodes at those of its edges that a recipe needs.
+  Answer visit(const Edge& edge) {
+    Answer answer = is_without_rule(edge.name.get());
+    if (answer != no) return answer == yes ? is_without_recipe(edge) : failed;
+    PyObject* saved = PyDict_GetItemWithError(names.saved, edge.name.get());
+    return saved ? visit_edges(edge, saved) : PyErr_Occurred() ? failed : no;
+  }
+
+  // Whether a node that is in none of the rules makes a recipe impossible.
+  Answer is_without_recipe(const Edge& edge) const {
+    const Answer stops = is_in(names.stops, edge.name.get());
+    if (stops != no) return stops == yes ? no : failed;
+    const Answer is_python = is_of_python(edge.node.get());
+    return is_python == yes ? has_no_recipe_for(edge) : is_python == failed ? failed : yes;
+  }
+
+  // Whether the node of a function in Python is known to have no recipe for the output: a block's of this context has
+  // none but for the first output, and a node that `Recording::drop` marked has none for that.
+  Answer has_no_recipe_for(const Edge& edge) const {
+    const Owned block = attribute(edge.node, of_recomputed_block);
+    if (!block) return no_if_exception();
+    if (edge.output == 0) return block.is(Py_None) ? yes : no;
+    return is_own(block) ? yes : no;
+  }
+
+  bool is_own(const Owned& block) const {
+    return classes.block.is_type_of(block.get()) && classes.block.owner.is(block.get(), discarder_);
+  }
+
+  Answer visit_edges(const Edge& edge, PyObject* saved) {
+    PyObject *node = edge.node.get(), *name = edge.name.get();
+    const Owned edges = attribute(node, of_next_functions), metadata = attribute(node, of_metadata);
+    if (!edges || !PyTuple_Check(edges.get()) || !metadata || !PyDict_Check(metadata.get())) return failed;
+    const Py_ssize_t count = PyTuple_Size(edges.get()), saved_count = PyTuple_Size(saved);
+    if (saved_count != 0 && saved_count != count) return no;
+    PyObject* note = PyDict_GetItemWithError(metadata.get(), of_note);
+    if (!note && PyErr_Occurred()) return failed;
+    const Answer is_view = is_in(names.views, name), is_private = is_in(names.private_readers, name);
+    if (is_view == failed || is_private == failed) return failed;
+    const bool is_any_noted = note && PyTuple_Check(note) && PyTuple_Size(note) != 0;
+    const bool are_unwritten = is_any_noted || is_private == yes || (edge.is_unwritten && is_view == yes);
+    for (Py_ssize_t i = count; i-- > 0;) {
+      if (is_noted(note, i, count)) continue;
+      const Answer may_hold = saved_count ? may_save(node, PyTuple_GetItem(saved, i)) : no;
+      if (may_hold == failed) return failed;
+      if (may_hold == yes) continue;
+      Edge next = edge_at(edges.get(), i);
+      if (next.node.is(Py_None)) return yes;
+      if (!next.name || PyErr_Occurred()) return failed;
+      next.is_unwritten = are_unwritten;
+      const Answer answer = is_out_of_reach(next, name);
+      if (answer != no) return answer;
+      if (count_ < most_nodes) queue_[count_++] = std::move(next);
+    }
+    return no;
+  }
+
+  // Whether the operand at an edge of the node named `reader` is certainly out of a trace's reach.
+  Answer is_out_of_reach(const Edge& edge, PyObject* reader) const {
+    const Answer stops = is_in(names.stops, edge.name.get());
+    if (stops == failed) return failed;
+    if (stops == yes) return is_matrix(edge, reader);
+    const Answer is_view = is_in(names.views, edge.name.get()), is_foreign = is_without_rule(edge.name.get());
+    if (is_view == failed || is_foreign == failed) return failed;
+    if (edge.is_unwritten || is_view == yes || is_foreign == yes) return no;
+    if (!classes.discarder.temporaries.is(discarder_, Py_False)) return no;
+    const Owned metadata = attribute(edge.node, of_metadata);
+    const Answer is_watched = metadata ? is_in(metadata.get(), of_watched) : failed;
+    if (is_watched != no) return is_watched == yes ? no : failed;
+    return is_not_last_writer(edge);
+  }
+
+  // Whether the edge is that of a leaf with several dimensions, which only a gather reads again.
+  Answer is_matrix(const Edge& edge, PyObject* reader) const {
+    if (PyUnicode_CompareWithASCIIString(edge.name.get(), "torch::autograd::AccumulateGrad") != 0) return no;
+    const Owned variable = attribute(edge.node, of_variable);
+    DLTensor described;
+    const Answer is_plain = variable ? describe(variable.get(), &described) : failed;
+    if (is_plain != yes || described.dim < 2) return is_plain == failed ? failed : no;
+    const Answer gathers = is_in(names.gathers, reader);
+    return gathers == failed ? failed : gathers == yes ? no : yes;
+  }
+
+  // Whether the output of a node is certainly no block's output that this node has written to last.
+  Answer is_not_last_writer(const Edge& edge) const {
+    Owned block;
+    const Answer leads = edge.output == 0 ? leads_to_block(edge.node, edge.name.get(), &block) : no;
+    if (leads != yes) return leads == failed ? failed : yes;
+    if (!block) return no;
+    const Owned output(PyObject_CallNoArgs(classes.entry.output.of(classes.block.entry.of(block.get()))));
+    if (!output) return failed;
+    if (output.is(Py_None)) return yes;
+    const Owned node = is_tensor_type(Py_TYPE(output.get())) ? tensor_members.grad_fn.of(output) : Owned();
+    return node ? node.is(edge.node.get()) ? no : yes : PyErr_Occurred() ? failed : no;
+  }
+
+  // Whether a node and the nodes before it, by their first edges, may all have written over a block's output: `no` if
+  // certainly not. `block` stays null where this is unknown.
+  Answer leads_to_block(const Owned& first, PyObject* first_name, Owned* block) const {
+    Edge edge;
+    edge.node = shared(first.get());
+    edge.name = shared(first_name);
+    for (Py_ssize_t i = 0; i < most_nodes; ++i) {
+      if (edge.node.is(Py_None)) return no;
+      if (!edge.name || PyErr_Occurred()) return failed;
+      const Answer writes = is_in(names.writers, edge.name.get());
+      if (writes == failed) return failed;
+      if (writes == no) return is_block(edge, block);
+      if (edge.output != 0) return no;
+      const Owned edges = attribute(edge.node, of_next_functions);
+      if (!edges || !PyTuple_Check(edges.get()) || PyTuple_Size(edges.get()) == 0) return failed;
+      edge = edge_at(edges.get(), 0);
+    }
+    return yes;
+  }
+
+  Answer is_block(const Edge& edge, Owned* block) const {
+    const Answer is_python = is_of_python(edge.node.get());
+    if (is_python != yes || edge.output != 0) return is_python == failed ? failed : no;
+    *block = attribute(edge.node, of_recomputed_block);
+    if (!*block) return no_if_exception();
+    return is_own(*block) ? yes : no;
+  }
+
+  PyObject *rules_, *discarder_;
+  Edge queue_[most_nodes];
+  Py_ssize_t count_ = 0;
+};
 
 }  // namespace
 
-Answer has_surely_no_recipe(PyObject* first, PyObject* first_name, PyObject* rules, PyObject* discarder) {
+Answer has_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules, bool is_written, PyObject* discarder) {
   if (!PyDict_CheckExact(rules)) return no;
-  Edges queue;
-  queue.add({shared(first)});
-  while (const Edge* edge = queue.next()) {
-    PyObject* node = edge->node.get();
-    const Owned name = node == first ? shared(first_name) : called(node, of_name);
-    if (!name) return failed;
-    if (!PyDict_GetItemWithError(rules, name.get())) {
-      if (PyErr_Occurred()) return failed;
-      // If the first node were a block's, an entry would have been found for the output's storage.
-      if (node == first) return yes;
-      const Answer answer = is_without_recipe(*edge, name.get(), discarder);
-      if (answer != no) return answer;
-      continue;
-    }
-    const Answer passes = is_in(passing_names, name.get());
-    if (passes == failed || (passes == yes && !add_edges(node, &queue))) return failed;
-  }
-  return no;
+  Search search(rules, discarder);
+  Edge first;
+  first.node = shared(node);
+  first.name = shared(name);
+  if (!is_written) return search.of(std::move(first));
+  if (PyDict_GetItemWithError(rules, name)) return search.is_written_by_others(first.node, name);
+  return PyErr_Occurred() ? failed : yes;
 }
 
-void read_graph_by(PyObject* passing, PyObject* stops, PyObject* python_node) {
-  Py_INCREF(passing);
-  Py_INCREF(stops);
-  Py_INCREF(python_node);
-  passing_names = passing;
-  stop_names = stops;
-  python_node_type = python_node;
+void read_graph_by(const GraphNames& given) {
+  names = given;
+  for (PyObject* each :
+       {names.saved, names.stops, names.views, names.writers, names.private_readers, names.gathers, names.python_node})
+    Py_INCREF(each);
 }
 
 bool prepare_graph() {
@@ -121,6 +241,9 @@ bool prepare_graph() {
                         {&of_next_functions, "next_functions"},
                         {&of_metadata, "metadata"},
                         {&of_note, "ckpt_kernels"},
+                        {&of_watched, "ckpt_kernels watched"},
+                        {&of_data, "data"},
+                        {&of_variable, "variable"},
                         {&of_recomputed_block, "recomputed_block"}});
 }
 

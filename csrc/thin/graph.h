@@ -6,16 +6,33 @@
 
 namespace ckpt {
 
-// Whether there is certainly no recipe for the unwritten output of a node: a node behind it, of which all operands
-// would be needed, is in none of the `rules`, and is no block's of the discarder, or is needed for an output of a block
-// that has no recipe. `name` is the name of the given node.
-Answer has_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules, PyObject* discarder);
+// Whether there is certainly no recipe for the output of a node, because an operand that the recipe would need
+//
+// - is an output of a node in none of the `rules`, which is no block's of the discarder;
+// - is needed for an output of a block that has no recipe;
+// - is made by a node that keeps no output of its own, and nothing proves that nobody wrote to the operand;
+// - has no node, or is a matrix among the parameters.
+//
+// `name` is the name of the given node. `is_written` says that the output has had in-place writes.
+Answer has_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules, bool is_written, PyObject* discarder);
 
-// Nodes named in `passing` save no operand, so all their edges are needed. At nodes named in `stops` a tensor may be
-// kept. Nodes of type `python_node` belong to functions in Python.
-void read_graph_by(PyObject* passing, PyObject* stops, PyObject* python_node);
+// How nodes are read:
+//
+// - `saved` has, for the names of nodes with a rule, the attributes with the saved operands, and None for an operand
+//   that the node does not save;
+// - at nodes named in `stops` the output may be kept;
+// - nodes named in `views` make views, and those in `writers` may write over their first operand;
+// - the first operand of nodes named in `private_readers` is written to by nobody else;
+// - nodes named in `gathers` may read a parameter of any size;
+// - nodes of type `python_node` belong to functions in Python.
+struct GraphNames {
+  PyObject *saved, *stops, *views, *writers, *private_readers, *gathers, *python_node;
+};
 
-// Interns the names; false after an error.
+// Keeps the names as long as the process lives.
+void read_graph_by(const GraphNames& names);
+
+// Interns the names of attributes; false after an error.
 bool prepare_graph();
 
 }  // namespace ckpt
