@@ -5,6 +5,7 @@ import gc
 import types
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,13 @@ def made(level: str) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(Layer(), Layer()).double()
     for layer in model:
-        layer.handle = layer.second.register_forward_hook(lambda module, args, output: 2 * output)
+        layer.handles = (
+            layer.second.register_forward_hook(lambda module, args, output: 2 * output),
+            layer.second.register_forward_hook(lambda module, args, kwargs, output: 3 * output, with_kwargs=True),
+            layer.first.register_forward_pre_hook(
+                lambda module, args, kwargs: ((2 * args[0],), kwargs), with_kwargs=True
+            ),
+        )
     if level != "eager":
         ckpt_kernels.convert(model, recompute={"*": level})
     return model
@@ -54,6 +61,11 @@ def replace_child(layer: nn.Module) -> None:
 
 
 def remove_child(layer: nn.Module) -> None:
+    del layer.second
+
+
+def rename_child(layer: nn.Module) -> None:
+    layer.last = layer.second
     del layer.second
 
 
@@ -74,8 +86,9 @@ def change_string(layer: nn.Module) -> None:
     layer.mode = "linear"
 
 
-def remove_hook(layer: nn.Module) -> None:
-    layer.handle.remove()
+def remove_hooks(layer: nn.Module) -> None:
+    for handle in layer.handles:
+        handle.remove()
 
 
 def add_hook(layer: nn.Module) -> None:
@@ -103,11 +116,12 @@ CHANGES = (
     replace_parameter,
     replace_child,
     remove_child,
+    rename_child,
     reorder_children,
     replace_buffer,
     change_number,
     change_string,
-    remove_hook,
+    remove_hooks,
     add_hook,
     evaluate,
     freeze,
@@ -159,6 +173,45 @@ def test_other_memory_of_a_parameter_is_an_error() -> None:
     model[0].first.weight.data = torch.zeros_like(model[0].first.weight)
     with pytest.raises(RuntimeError, match=r"a parameter of a checkpointed layer.*other memory"):
         y.sum().backward()
+
+
+MISSING = object()
+
+
+class Recorded(nn.Module):
+    """A layer that records the value of an attribute in each pass, and keeps the last result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.values = nn.Linear(WIDTH, WIDTH), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.values.append(getattr(self, "value", MISSING))
+        self.last = self.linear(x).sin()
+        return self.last
+
+
+def set_value(layer: nn.Module, value: Any) -> None:
+    if value is not MISSING:
+        layer.value = value
+    elif hasattr(layer, "value"):
+        del layer.value
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [(value, [value]) for value in (None, True, 3, 0.5, 2j, "name", b"name")] + [(MISSING, 1), (1, MISSING)],
+)
+def test_plain_attributes_are_those_of_the_first_pass(first: Any, later: Any) -> None:
+    model = nn.Sequential(Recorded())
+    set_value(model[0], first)
+    ckpt_kernels.convert(model, recompute={"0": "checkpoint"})
+    y = model(torch.ones(2, WIDTH, requires_grad=True))
+    set_value(model[0], later)
+    last = model[0].last
+    y.sum().backward()
+    assert model[0].values == [first, first]
+    assert getattr(model[0], "value", MISSING) is later and model[0].last is last
 
 
 class Remembering(nn.Module):
