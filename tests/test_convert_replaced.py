@@ -413,7 +413,7 @@ class WrittenByMethods(nn.Module):
         self.first, self.second, self.third = RootOfSquare(), RootOfPower(), Clamped()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.third(self.second(self.first(x)).repeat(1, 2))
+        return torch.cat([self.first(x), self.second(x), self.third(x.repeat(1, 2))], dim=-1)
 
 
 class RootOfSquare(nn.Module):
@@ -432,7 +432,7 @@ class Clamped(nn.Module):
         return F.silu(gate.clamp(max=7.0)) * value.clamp(-7.0, 7.0)
 
 
-_INHERITED = [(Tensor, name) for name in ("square", "__neg__", "__pow__", "clamp", "mean", "erf")]
+_INHERITED = [(Tensor, name) for name in ("square", "__neg__", "__pow__", "clamp", "mean")]
 
 
 @pytest.mark.parametrize(

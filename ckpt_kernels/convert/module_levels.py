@@ -133,7 +133,7 @@ class Levels:
                 below.update(modules_of(module))
                 places = (Place(len(self._level), 0, True),) if policy.is_checkpoint else ()
                 self._set_level(module, policy.inside(), places)
-                if policy.level == "layer" and not places:
+                if policy.level == "layer":
                     self._set_layers_inside(layers(), module, policy)
 
     def _set_layers_inside(self, layers: Container[nn.Module], module: nn.Module, policy: Policy) -> None:

@@ -104,6 +104,7 @@ def converted(
     Raises:
         TypeError, ValueError: `recompute` has no known form, or is a budget without inputs.
         DoesNotFit: no choice fits the budget.
+        RuntimeError: in a distributed run the first process cannot plan.
 
     Example:
         >>> from ckpt_kernels.integrations.common import converted
