@@ -226,11 +226,12 @@ def test_a_pickle_loads_after_its_class_was_freed() -> None:
 
 
 class Answering(type):
-    """A metaclass that answers None for class attributes that are not set."""
+    """A metaclass that answers for class attributes that are not set."""
 
-    def __getattr__(cls, name: str) -> None:
+    def __getattr__(cls, name: str) -> str:
         if name.startswith("__"):
             raise AttributeError(name)
+        return ""
 
 
 class Answered(nn.Module, metaclass=Answering):
@@ -252,3 +253,16 @@ def test_a_metaclass_that_answers_for_missing_attributes() -> None:
     torch.testing.assert_close(model(x), expected)
     ckpt_kernels.revert(model)
     assert type(model[0]) is Answered
+
+
+def test_a_subclass_of_a_converted_class_is_converted() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.GELU())
+    ckpt_kernels.convert(model)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    assert ckpt_kernels.is_converted(model[0])
+
+
+def test_modules_of_one_class_share_the_converted_class() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8))
+    ckpt_kernels.convert(model)
+    assert ckpt_kernels.is_converted(model[0]) and type(model[0]) is type(model[2])

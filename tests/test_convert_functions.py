@@ -1,6 +1,7 @@
 """Activations that are functions in a user's file: trials recognise them."""
 
 import copy
+import functools
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -77,6 +78,89 @@ class Plain(nn.Module):
         return self.last(own_gelu(self.first(x)))
 
 
+class ByMethod(Plain):
+    """An MLP whose activation is in a method that names no child."""
+
+    def act(self, h: Tensor) -> Tensor:
+        return own_silu(h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x)))
+
+
+class HelperGate(nn.Module):
+    """A gate whose activation is a method that reads a setting, and asks for a device that no fused function takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.approximate = "tanh"
+
+    def gelu(self, gate: Tensor) -> Tensor:
+        if gate.device.type == "mps" and calls:
+            return F.gelu(gate.to(dtype=torch.float32)).to(dtype=gate.dtype)
+        return F.gelu(gate, approximate=self.approximate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x, gate = x.chunk(2, dim=-1)
+        return self.last(x * self.gelu(gate))
+
+
+class AsksForCUDA(HelperGate):
+    def gelu(self, gate: Tensor) -> Tensor:
+        if gate.device.type == "cuda":
+            return F.gelu(-gate)
+        return F.gelu(gate)
+
+
+class AsksForADeviceOfItsOwn(HelperGate):
+    device = torch.device("cpu")
+
+    def gelu(self, gate: Tensor) -> Tensor:
+        if self.device.type == "mps":
+            return gate
+        return F.gelu(gate)
+
+
+class OwnGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return own_gelu(x)
+
+
+class Writing(Plain):
+    """An MLP that writes to the input of the activation, of which torch saves scaled copies only."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        output = self.last(self.act(h))
+        h.zero_()
+        return output
+
+
+class OnlyFunction(nn.Module):
+    """A module without children, which the conversion does not try because of the second argument."""
+
+    def forward(self, x: Tensor, shift: float) -> Tensor:
+        return own_silu(x) + shift
+
+
+class Held(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = own_silu
+
+    def act(self, h: Tensor) -> Tensor:
+        return self.function(h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x)))
+
+
 class Ramp(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(F.hardtanh(self.first(x), 0.0, 6.0))
@@ -147,6 +231,90 @@ def test_functions_of_the_file_are_activations(
     check(made, rows, said, units)
 
 
+@pytest.mark.parametrize("made", [ByMethod, Held])
+def test_methods_that_name_no_child_are_read(made: Callable[[], nn.Module], rows: Tensor) -> None:
+    model = made().to(DEVICE)
+    eager = copy.deepcopy(model)
+    report = ckpt_kernels.convert(model)
+    assert [entry.by for entry in report.replaced] == ["bias_act (silu); MLP"]
+    for found, expected in zip(results(model, rows), results(eager, rows), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # The input of the first product and the input of the activation.
+    assert saved_bytes(model, rows) == 5 * rows.nbytes
+
+
+def compared(model: nn.Module, eager: nn.Module, x: Tensor) -> int:
+    """The saved bytes of a model whose results are those of its eager copy."""
+    for found, expected in zip(results(model, x), results(eager, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    return saved_bytes(model, x)
+
+
+@pytest.mark.parametrize("level", ["block", "output"])
+def test_methods_of_the_module_are_activations(level: str, rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HelperGate().to(DEVICE)
+    eager = copy.deepcopy(model)
+    ckpt_kernels.convert(model, recompute=level)
+    units = {"block": 13, "output": 9}[level]
+    assert compared(model, eager, rows) == units * rows.nbytes
+    # The setting, the method of the object and that of the class are read at each call.
+    model.approximate = eager.approximate = "none"
+    compared(model, eager, rows)
+    model.gelu = eager.gelu = own_silu
+    compared(model, eager, rows)
+    del model.gelu, eager.gelu
+    decorated = functools.wraps(type(model).gelu)(lambda self, gate: own_silu(gate))
+    monkeypatch.setattr(HelperGate, "gelu", decorated)
+    compared(model, eager, rows)
+    monkeypatch.undo()
+    type(model).gelu = decorated
+    monkeypatch.setattr(HelperGate, "gelu", decorated)
+    compared(model, eager, rows)
+
+
+def test_a_method_of_the_converted_class_may_be_patched(rows: Tensor) -> None:
+    model = HelperGate().to(DEVICE)
+    eager = copy.deepcopy(model)
+    ckpt_kernels.convert(model)
+    kind = type(model)
+    kind.gelu = functools.wraps(kind.gelu)(lambda self, gate: own_silu(gate))
+    eager.gelu = own_silu
+    compared(model, eager, rows)
+
+
+@pytest.mark.parametrize("kind", [AsksForCUDA, AsksForADeviceOfItsOwn])
+def test_a_device_may_decide(kind: type[HelperGate], rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kind().to(DEVICE)
+    eager = copy.deepcopy(model)
+    ckpt_kernels.convert(model)
+    monkeypatch.setattr(AsksForADeviceOfItsOwn, "device", torch.device("mps"))
+    compared(model, eager, rows)
+
+
+@pytest.mark.parametrize("act", [own_gelu, OwnGELU()])
+@pytest.mark.parametrize("level", ["block", "output"])
+def test_a_copy_stands_for_an_input_that_torch_does_not_save(
+    act: Callable[[Tensor], Tensor], level: str, rows: Tensor
+) -> None:
+    model = Writing(copy.deepcopy(act)).to(DEVICE)
+    eager = copy.deepcopy(model)
+    report = ckpt_kernels.convert(model, recompute=level)
+    assert [entry.by for entry in report.replaced] == ["bias_act (gelu)"]
+    for found, expected in zip(results(model, rows), results(eager, rows), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    units = {"block": 9, "output": 5}[level]
+    assert saved_bytes(model, rows) == units * rows.nbytes <= 0.65 * saved_bytes(eager, rows)
+
+
+def test_a_module_without_children_is_read(rows: Tensor) -> None:
+    model = OnlyFunction()
+    rows.requires_grad_()
+    expected = model(rows, 2.0)
+    assert [entry.by for entry in ckpt_kernels.convert(model).replaced] == ["bias_act (silu)"]
+    torch.testing.assert_close(model(rows, 2.0), expected)
+    assert saved_bytes(model, rows, 2.0) == rows.nbytes
+
+
 def test_torchs_hardtanh_is_recognised_by_its_arguments(rows: Tensor) -> None:
     model = Ramp().to(DEVICE)
     eager = copy.deepcopy(model)
@@ -196,6 +364,14 @@ def test_copies_are_fused_too(rows: Tensor) -> None:
         assert ckpt_kernels.is_converted(other)
         assert saved_bytes(other, rows) == saved_bytes(model, rows)
         torch.testing.assert_close(other(rows), model(rows))
+
+
+def test_torch_compile_with_a_method(rows: Tensor) -> None:
+    model = HelperGate().to(DEVICE)
+    eager = copy.deepcopy(model)
+    ckpt_kernels.convert(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(rows), eager(rows), rtol=1e-4, atol=1e-4)
 
 
 def test_torch_compile(rows: Tensor) -> None:

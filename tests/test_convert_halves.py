@@ -153,3 +153,29 @@ def test_operands_that_are_no_halves_are_unchanged(make: Callable[[], nn.Module]
     ckpt_kernels.convert(model)
     assert close(results_of(model, random_tensor(8, WIDTH)), results_of(twin, random_tensor(8, WIDTH)), 1e-5)
     assert kept(model, random_tensor(8, WIDTH)) <= kept(twin, random_tensor(8, WIDTH))
+
+
+class Unpacks(nn.Module):
+    """Unpacks what a norm returns to a name and to an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(WIDTH), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, self.second = self.norm(x)
+        return self.act(first)
+
+
+class AssignsTwice(Unpacks):
+    def forward(self, x: Tensor) -> Tensor:
+        first = second = self.norm(x)
+        return self.act(first) * second
+
+
+@pytest.mark.parametrize("kind", [Unpacks, AssignsTwice])
+def test_assignments_to_two_targets(kind: type[nn.Module]) -> None:
+    model, converted = twins(kind)
+    ckpt_kernels.convert(converted)
+    x = random_tensor(2, 4, WIDTH)
+    assert close(results_of(converted, x), results_of(model, x))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm as layer_norm_by_name
 
 import ckpt_kernels
+from ckpt_kernels.convert.swap import is_patched
 
 from .conftest import DEVICE
 from .conversion import WIDTH, close, replacement_of, results_of
@@ -134,21 +135,38 @@ def decorated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 class Decorated(MLP):
     @decorated
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return self.down(self.act(self.up(x))) * scale
+    def forward(self, x: Tensor, scale: float = 1.0, *, shift: float = 0.0) -> Tensor:
+        return self.down(self.act(self.up(x))) * scale + shift
 
 
-def twice_decorated(self: nn.Module, x: Tensor, scale: float = 1.0) -> Tensor:
-    return self.down(self.act(self.up(x))) * 2 * scale
+def twice_decorated(self: nn.Module, x: Tensor, scale: float = 1.0, *, shift: float = 0.0) -> Tensor:
+    return self.down(self.act(self.up(x))) * 2 * scale + shift
 
 
-@pytest.mark.parametrize("attribute, value", [("__code__", twice_decorated.__code__), ("__defaults__", (3.0,))])
+@pytest.mark.parametrize(
+    "attribute, value",
+    [("__code__", twice_decorated.__code__), ("__defaults__", (3.0,)), ("__kwdefaults__", {"shift": 1.0})],
+)
 def test_the_function_behind_a_decorator_is_changed(
     attribute: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, converted = twins(Decorated)
     assert found_in(ckpt_kernels.convert(converted))[""] == "MLP"
     monkeypatch.setattr(vars(Decorated.forward)["__wrapped__"], attribute, value)
+    assert close(results_of(converted, rows()), results_of(model, rows()))
+
+
+def negated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrapper(self: nn.Module, *args: Any) -> Tensor:
+        return -function(self, *args)
+
+    return wrapper
+
+
+def test_the_code_of_a_decorator_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, converted = twins(Decorated)
+    assert found_in(ckpt_kernels.convert(converted))[""] == "MLP"
+    monkeypatch.setattr(Decorated.forward, "__code__", negated(torch.relu).__code__)
     assert close(results_of(converted, rows()), results_of(model, rows()))
 
 
@@ -339,6 +357,52 @@ def leaves() -> nn.Module:
 
 _PATCHED = [(F, name) for name in ("linear", "gelu", "silu", "layer_norm", "rms_norm", "mish")]
 _PATCHED += [(torch, "layer_norm"), (torch, "rms_norm"), (torch, "chunk"), (Tensor, "chunk"), (Tensor, "__mul__")]
+
+
+def test_the_class_of_an_activation_becomes_a_subclass() -> None:
+    model, converted = twins(MLP)
+    assert found_in(ckpt_kernels.convert(converted))[""] == "MLP"
+    for mlp in (model, converted):
+        mlp.act.__class__ = type("Other", (type(mlp.act),), {"forward": lambda self, x: x.sin()})
+    assert close(results_of(converted, rows()), results_of(model, rows()))
+
+
+def test_the_forward_is_replaced_between_two_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt_kernels.convert(MLP())
+    monkeypatch.setattr(MLP, "forward", twice_decorated)
+    model, converted = twins(MLP)
+    assert found_in(ckpt_kernels.convert(converted))[""] == "MLP"
+    assert not is_patched(type(converted))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d])
+def test_the_forward_of_a_norm_in_a_chain_is_replaced(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> nn.Module:
+        return nn.Sequential(kind(WIDTH) if kind is not nn.GroupNorm else kind(2, WIDTH), nn.GELU())
+
+    model, converted = twins(made)
+    assert "norm" in found_in(ckpt_kernels.convert(converted))[""]
+    monkeypatch.setattr(kind, "forward", lambda self, x: x.sin())
+    x = rows()[0].view(-1, WIDTH, 1) if kind is not nn.LayerNorm else rows()
+    assert close(results_of(converted, x), results_of(model, x))
+
+
+class Sigmoidal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+def test_the_forward_of_an_activation_in_an_mlp_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> nn.Module:
+        mlp = MLP()
+        mlp.act = Sigmoidal()
+        return mlp
+
+    model, converted = twins(made)
+    assert found_in(ckpt_kernels.convert(converted))[""] == "MLP"
+    monkeypatch.setattr(Sigmoidal, "forward", lambda self, x: x.sin())
+    assert close(results_of(converted, rows()), results_of(model, rows()))
 
 
 class WrittenByMethods(nn.Module):

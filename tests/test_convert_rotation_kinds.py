@@ -186,6 +186,7 @@ B16, F32 = torch.bfloat16, torch.float32
         (doubled, COLUMNS // 2, F32, F32, True),
         (cast, COLUMNS, B16, F32, True),
         (cast, COLUMNS, F32, F32, False),
+        (heads_first, COLUMNS, B16, F32, False),
         (in_float32, COLUMNS, B16, B16, True),
         (in_float32, COLUMNS, B16, F32, False),
         (one, COLUMNS // 2, F32, F32, True),
@@ -198,7 +199,7 @@ def test_writes_to_tables_before_the_backward_pass(
     """If eager torch keeps copies of the tables, a write is allowed; else the error is the same."""
     shape = (2, TOKENS, HEADS, COLUMNS) if function is one else (2, HEADS, TOKENS, COLUMNS)
     heads = torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
-    lead = (TOKENS,) if function in (doubled, cast) else (2, TOKENS)
+    lead = (TOKENS,) if function in (doubled, cast, heads_first) else (2, TOKENS)
     tables = torch.randn(2, *lead, entries, device=DEVICE).to(table)
     wide = heads.detach().double().requires_grad_()
     (truth,) = torch.autograd.grad(weighted(both(function, wide, *tables.double())[0]), wide)
@@ -218,6 +219,25 @@ def test_writes_to_tables_before_the_backward_pass(
     if copies:
         theirs, ours = [(g - truth).abs().max() for g in grads]
         assert ours <= 1.5 * theirs + 4 * torch.finfo(dtype).eps * truth.abs().max()
+
+
+@pytest.mark.parametrize("dtype", (B16, torch.float16))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_float32_tables_widen_the_results(dtype: torch.dtype, order: tuple[int, ...]) -> None:
+    heads = random_with_order((2, HEADS, TOKENS, COLUMNS), (*order, 3)).to(dtype).requires_grad_()
+    tables = torch.randn(2, TOKENS, COLUMNS, device=DEVICE)
+    expected, found = both(heads_first, heads, *tables)
+    wide = heads.detach().double().requires_grad_()
+    truth = both(heads_first, wide, *tables.double())[0]
+    for e, f, t in zip(expected, found, truth, strict=True):
+        assert f.dtype == e.dtype == F32 and strides(f) == strides(e)
+        assert (f - t).abs().max() <= 1.5 * (e - t).abs().max() + torch.finfo(F32).eps * t.abs().max()
+    theirs, ours, exact = (
+        torch.autograd.grad(weighted(r), h)[0] for r, h in ((expected, heads), (found, heads), (truth, wide))
+    )
+    assert ours.dtype == dtype and strides(ours) == strides(theirs)
+    bound = 1.5 * (theirs - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    assert (ours - exact).abs().max() <= bound
 
 
 def of_complex(x, tables):

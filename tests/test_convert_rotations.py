@@ -133,6 +133,33 @@ class OneByOne(nn.Module):
         return (turn_one(self.q(x).unflatten(-1, (HEADS, COLUMNS)), sin, cos),)
 
 
+class ByMethod(OneByOne):
+    """Rotates in a method that names no child of the module."""
+
+    def rotated(self, q, tables):
+        return turn_one(q, *tables)
+
+    def forward(self, x, cos, sin):
+        return (self.rotated(self.q(x).unflatten(-1, (HEADS, COLUMNS)), (sin, cos)),)
+
+
+class Importing(ByMethod):
+    def rotated(self, q, tables):
+        from tests.test_convert_rotations import one
+
+        return one(q, *tables)
+
+
+class Defining(ByMethod):
+    def rotated(self, q, tables):
+        def turned(x, sin, cos):
+            cos, sin = cos[:, :, None], sin[:, :, None]
+            left, right = x.chunk(2, -1)
+            return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+
+        return turned(q, *tables)
+
+
 def results(model: nn.Module, x: Tensor, *tables: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     x = x.clone().requires_grad_()
     outputs = model(x, *tables)
@@ -172,15 +199,16 @@ def test_rotary_functions_are_fused(name: str, level: str, monkeypatch: pytest.M
     assert saved_bytes(twin, *given) <= saved_bytes(model, *given) - fewer + given[2].nbytes * (name == "turned back")
 
 
-def test_a_rotation_of_queries_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("made", [OneByOne, ByMethod, Importing, Defining])
+def test_a_rotation_of_queries_alone(made: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "turn_one", one)
-    model, twin = twins(OneByOne)
+    model, twin = twins(made)
     assert rotary_entry(ckpt_kernels.convert(twin)) == "rotary"
     assert_same(model, twin, operands(COLUMNS // 2))
 
 
 def test_results_have_the_functions_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The function runs itself where its result has another dtype, as with float32 tables and bfloat16 heads."""
+    """With float32 tables, results of bfloat16 heads are float32."""
     monkeypatch.setitem(globals(), "turn", halves)
     model, twin = twins(lambda: Attention().bfloat16())
     ckpt_kernels.convert(twin)

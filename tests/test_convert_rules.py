@@ -71,6 +71,29 @@ def test_sequentials_are_fused(name: str, training: bool) -> None:
     assert kept(ours) < kept(eager) or (name == "linear, act, dropout, linear" and kept(ours) == kept(eager))
 
 
+def test_each_chain_of_a_sequence_is_fused() -> None:
+    def made(is_apart: bool) -> nn.Sequential:
+        torch.manual_seed(0)
+        norms = [nn.LayerNorm(WIDTH), nn.GELU(), nn.Identity(), nn.LayerNorm(WIDTH), nn.GELU()]
+        for norm in norms[::3]:
+            nn.init.normal_(norm.weight)
+        parts = [*norms, nn.Linear(WIDTH, 64), nn.GELU(), nn.Dropout(0.0), nn.Linear(64, WIDTH)]
+        return nn.Sequential(*[nn.Sequential(part) for part in parts] if is_apart else parts).to(DEVICE)
+
+    rows = random_tensor(4, WIDTH)
+    kept = {}
+    for level in ("block", "all"):
+        for is_apart in (False, True):
+            model = made(is_apart)
+            report = ckpt_kernels.convert(model, recompute=level)
+            assert (replacement_of(report, "") is None) is is_apart
+            torch.testing.assert_close(model(rows), made(False)(rows))
+            kept[level, is_apart] = memory.saved_bytes(model, random_tensor(4, WIDTH).requires_grad_())
+    # The outputs of both norms, and what the activation in the MLP reads.
+    assert kept["block", True] - kept["block", False] == 2 * rows.nbytes
+    assert kept["all", False] < kept["all", True]
+
+
 @pytest.mark.parametrize("activation", ("relu", "gelu", nn.SiLU()))
 @pytest.mark.parametrize("norm_first", (True, False))
 @pytest.mark.parametrize("kind", (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
@@ -161,7 +184,7 @@ def test_hooks_on_the_parts_of_an_mlp_are_called() -> None:
 
 
 class Exchanging(nn.Module):
-    """Puts another module into the sequence that runs, behind itself."""
+    """Puts another module into the sequence that runs, behind itself, or removes all modules behind itself."""
 
     def __init__(self, sequence: nn.Sequential, name: str) -> None:
         super().__init__()
@@ -169,27 +192,45 @@ class Exchanging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         sequence, name = self.others
-        sequence.register_module(name, nn.Tanh())
+        if name == "none":
+            del sequence[1:]
+        else:
+            sequence.register_module(name, nn.Tanh())
         return 2 * x
 
 
-@pytest.mark.parametrize("name", ("1", "2", "3", "4", "new"))
-def test_a_child_that_exchanges_a_later_one(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "place"), [("1", 0), ("2", 0), ("3", 0), ("4", 0), ("new", 0), ("none", 0), ("new", 4)]
+)
+def test_a_child_that_exchanges_a_later_one(name: str, place: int) -> None:
     def made() -> nn.Sequential:
         torch.manual_seed(0)
         sequence = nn.Sequential(nn.Identity(), nn.LayerNorm(WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.Identity())
-        sequence[0] = Exchanging(sequence, name)
+        sequence[place] = Exchanging(sequence, name)
         return sequence.to(DEVICE)
 
     eager, converted = made(), made()
     ckpt_kernels.convert(converted)
     x = torch.linspace(-1, 1, 4 * WIDTH, device=DEVICE).view(4, WIDTH)
-    if name == "new":
+    if name in ("new", "none"):
         for model in (eager, converted):
             with pytest.raises(RuntimeError, match=r"mutated|changed size"):
                 model(x)
     else:
         torch.testing.assert_close(converted(x), eager(x))
+
+
+def test_a_sequence_whose_class_gets_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ordered(nn.Sequential):
+        pass
+
+    sequence = Ordered(nn.LayerNorm(WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)).to(DEVICE)
+    eager = nn.Sequential(*reversed(sequence))
+    report = ckpt_kernels.convert(sequence)
+    assert replacement_of(report, "")
+    monkeypatch.setattr(Ordered, "__iter__", lambda self: reversed(self._modules.values()), raising=False)
+    x = random_tensor(4, WIDTH)
+    torch.testing.assert_close(sequence(x), eager(x))
 
 
 class WritesOver(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .conversion import WIDTH, equal, mlps, random_tensor, reason_of, results_of
+from .conversion import WIDTH, equal, kept, mlps, random_tensor, reason_of, results_of
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,49 @@ def test_a_forward_that_was_replaced_on_the_instance_is_left_alone() -> None:
     report = ckpt_kernels.convert(model)
     assert reason_of(report, "0.0") == "its forward was replaced on the instance"
     assert torch.equal(model[0][0](random_tensor(3, WIDTH)), random_tensor(3, WIDTH))
+
+
+@pytest.mark.parametrize(
+    ("recompute", "described"),
+    [
+        ({"first": "layer"}, "1 x all, 2 x layer"),
+        ({"first.*": "layer"}, "2 x layer"),
+        ({"first.0.1": "layer"}, "1 x layer"),
+        ({"first": "output"}, "1 x output"),
+        ({"third": "layer"}, "1 x layer"),
+    ],
+)
+def test_the_level_layer_by_name_holds_for_the_layers_inside(recompute: dict[str, str], described: str) -> None:
+    def layer() -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+
+    model = nn.Sequential()
+    for name in ("first", "second"):
+        model.add_module(name, nn.Sequential(layer(), layer()))
+    model.add_module("third", nn.Linear(WIDTH, WIDTH))
+    assert ckpt_kernels.convert(model, recompute=recompute).recompute == f"by module: {described}"
+
+
+def test_members_of_a_list_that_are_single_modules_are_no_layers() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+    assert ckpt_kernels.convert(model, recompute={"": "layer"}).recompute == "by module: 1 x layer"
+
+
+def test_a_level_keeps_the_same_tensors_as_by_name() -> None:
+    def kept_at(recompute: Any) -> int:
+        model = mlps()
+        ckpt_kernels.convert(model, recompute=recompute)
+        return kept(model, random_tensor(4, WIDTH))
+
+    found = {level: kept_at(level) for level in ("block", "output", "all")}
+    assert found == {level: kept_at({"": level}) for level in found}
+    assert found["block"] > found["output"] > found["all"]
+
+
+def test_the_level_block_leaves_modules_without_blocks_as_they_are() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(mlps())
+    for layer in model.layers:
+        layer[0] = layer[2] = nn.Identity()
+    ckpt_kernels.convert(model, recompute="block")
+    assert not any(map(ckpt_kernels.is_converted, model.layers))

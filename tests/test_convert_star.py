@@ -1,4 +1,4 @@
-"""StarReLU, `scale * relu(x) ** 2 + shift` with parameters: the sum is recomputed from relu's output."""
+"""StarReLU, `scale * relu(x) ** 2 + shift`, in any form: the sum is recomputed from relu's output."""
 
 import copy
 
@@ -35,6 +35,21 @@ class MLP(nn.Module):
         return self.last(self.act(self.first(x)))
 
 
+class ByFunctions(StarReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(torch.mul(torch.relu(x).pow(2), self.scale), self.bias)
+
+
+class ByMethods(StarReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x).square().mul(self.scale).sub(self.bias)
+
+
+class ByNumbers(StarReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.8944 * torch.relu(x) ** 2 - 0.4472
+
+
 def rows(dtype: torch.dtype = torch.float32) -> Tensor:
     torch.manual_seed(0)
     return torch.randn(64, WIDTH, device=DEVICE, dtype=dtype)
@@ -64,6 +79,29 @@ def test_the_sum_is_recomputed(inplace: bool, learned: bool, dtype: torch.dtype)
     assert saved_bytes(eager, x) >= (13 if learned else 9) * x.nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [ByFunctions, ByMethods, ByNumbers])
+def test_other_forms_have_recipes(kind: type[StarReLU], dtype: torch.dtype) -> None:
+    model = MLP()
+    model.act = kind(False, kind is not ByNumbers).requires_grad_(kind is not ByNumbers)
+    model.to(DEVICE, dtype)
+    eager, x = copy.deepcopy(model), rows(dtype)
+    report = ckpt_kernels.convert(model)
+    assert ("act", "recipes of scaled squares") in [(entry.name, entry.by) for entry in report.replaced]
+    for found, expected in zip(results(model, x), results(eager, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert saved_bytes(model, x) <= 5 * x.nbytes + 16
+    assert saved_bytes(eager, x) >= 9 * x.nbytes
+
+
+def test_squares_that_are_reduced_are_no_reason_to_note() -> None:
+    class Length(nn.Module):
+        def forward(self, x: Tensor, scale: float) -> Tensor:
+            return x * torch.relu(x).square().sum(-1, keepdim=True) + scale
+
+    assert not ckpt_kernels.convert(nn.ModuleList([Length()])).replaced
+
+
 def test_the_shift_may_be_written_to_before_the_backward_pass() -> None:
     model, x = MLP().to(DEVICE), rows()
     expected = results(copy.deepcopy(model), x)
@@ -87,8 +125,11 @@ def test_autocast_and_no_grad() -> None:
             torch.testing.assert_close(found, expected)
 
 
-def test_torch_compile() -> None:
-    model, x = MLP().to(DEVICE), rows()
+@pytest.mark.parametrize("kind", [StarReLU, ByFunctions, ByMethods])
+def test_torch_compile(kind: type[StarReLU]) -> None:
+    model, x = MLP(), rows()
+    model.act = kind(False, True)
+    model.to(DEVICE)
     eager = copy.deepcopy(model)
     ckpt_kernels.convert(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

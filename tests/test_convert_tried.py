@@ -226,9 +226,9 @@ class Renamed(Two):
 @pytest.mark.parametrize(
     "kind,found",
     [
-        (QuickGELU, "bias_act (quick_gelu)"),
-        (SiLU, "bias_act (silu)"),
-        (Mish, "bias_act (mish)"),
+        (QuickGELU, "bias_act (quick_gelu); MLP"),
+        (SiLU, "bias_act (silu); MLP"),
+        (Mish, "bias_act (mish); MLP"),
         (Dropped, "dropout"),
         (SigmoidGate, ""),
         (Renamed, "gate"),

@@ -204,6 +204,17 @@ def keeps_input_and_extends_a_list(self, x):
     return found
 
 
+def writes_through_the_result_of_a_call(self, x):
+    x.view(-1)[0] = 0
+    return x
+
+
+def writes_to_an_argument_that_becomes_a_list(self, x):
+    x[0] = 0
+    x = [x]
+    return x
+
+
 WRITES = {k: v for k, v in list(globals().items()) if k.startswith("writes_")}
 KEEPS = {k: v for k, v in list(globals().items()) if k.startswith("keeps_")}
 
@@ -215,7 +226,7 @@ def written(function: types.FunctionType) -> list[str]:
 
 @pytest.mark.parametrize("how", WRITES)
 def test_in_place_writes_are_found(how: str) -> None:
-    assert written(WRITES[how])
+    assert any(written(WRITES[how]))
 
 
 @pytest.mark.parametrize("how", KEEPS)

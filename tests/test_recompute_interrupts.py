@@ -135,3 +135,19 @@ def test_the_same_hooks_are_opened_again_within() -> None:
         hooks.__exit__()
         assert top(True) == (hooks.pack_hook, hooks.unpack_hook)
     assert top(True) is None
+
+
+def test_hooks_that_are_left_open_within_others() -> None:
+    top = torch._C._autograd._top_saved_tensors_default_hooks
+    outer, inner = (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor) for _ in range(2)
+    )
+    with outer:
+        with recompute.discard_outputs():
+            inner.__enter__()
+        assert top(True) == (inner.pack_hook, inner.unpack_hook)
+        inner.__exit__()
+        with recompute.discard_outputs():
+            pass
+        assert top(True) == (outer.pack_hook, outer.unpack_hook)
+    assert top(True) is None

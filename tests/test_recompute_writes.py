@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
 
+import ckpt_kernels
 from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
 from ckpt_kernels.memory import saved_bytes
@@ -165,3 +166,30 @@ def test_a_context_around_foreign_hooks_does_not_see_tensors() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             assert discarding() is None
         assert discarding() is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("written", ["input", "output"])
+def test_writes_around_the_activation_of_a_float32_copy(dtype: torch.dtype, written: str) -> None:
+    """An error, as in eager torch, or the gradient for the values before the write."""
+
+    class Written(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.float()
+            y = TF.relu(h) if written == "output" else TF.gelu(h)
+            (y if written == "output" else h).mul_(-3)
+            return y + h
+
+    x = torch.linspace(-2, 2, 4096).to(dtype).requires_grad_()
+    gelu_of = torch.autograd.grad(TF.gelu(x.float()).sum(), x)[0] + torch.tensor(-3.0)
+    for level in ("block", "output"):
+        model = nn.Sequential(Written())
+        ckpt_kernels.convert(model, recompute=level)
+        y = model(x)
+        try:
+            (found,) = torch.autograd.grad(y.sum(), x)
+        except RuntimeError as error:
+            assert "modified by an in-place operation" in str(error) or "inplace operation" in str(error)
+        else:
+            assert written == "input" and dtype is torch.bfloat16
+            torch.testing.assert_close(found, gelu_of.to(dtype), rtol=0.02, atol=0.02)

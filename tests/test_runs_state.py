@@ -2,8 +2,10 @@
 are."""
 
 import gc
+import types
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +40,13 @@ def made(level: str) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(Layer(), Layer()).double()
     for layer in model:
-        layer.handle = layer.second.register_forward_hook(lambda module, args, output: 2 * output)
+        layer.handles = (
+            layer.second.register_forward_hook(lambda module, args, output: 2 * output),
+            layer.second.register_forward_hook(lambda module, args, kwargs, output: 3 * output, with_kwargs=True),
+            layer.first.register_forward_pre_hook(
+                lambda module, args, kwargs: ((2 * args[0],), kwargs), with_kwargs=True
+            ),
+        )
     if level != "eager":
         ckpt_kernels.convert(model, recompute={"*": level})
     return model
@@ -53,6 +61,11 @@ def replace_child(layer: nn.Module) -> None:
 
 
 def remove_child(layer: nn.Module) -> None:
+    del layer.second
+
+
+def rename_child(layer: nn.Module) -> None:
+    layer.last = layer.second
     del layer.second
 
 
@@ -73,8 +86,9 @@ def change_string(layer: nn.Module) -> None:
     layer.mode = "linear"
 
 
-def remove_hook(layer: nn.Module) -> None:
-    layer.handle.remove()
+def remove_hooks(layer: nn.Module) -> None:
+    for handle in layer.handles:
+        handle.remove()
 
 
 def add_hook(layer: nn.Module) -> None:
@@ -102,11 +116,12 @@ CHANGES = (
     replace_parameter,
     replace_child,
     remove_child,
+    rename_child,
     reorder_children,
     replace_buffer,
     change_number,
     change_string,
-    remove_hook,
+    remove_hooks,
     add_hook,
     evaluate,
     freeze,
@@ -160,6 +175,45 @@ def test_other_memory_of_a_parameter_is_an_error() -> None:
         y.sum().backward()
 
 
+MISSING = object()
+
+
+class Recorded(nn.Module):
+    """A layer that records the value of an attribute in each pass, and keeps the last result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.values = nn.Linear(WIDTH, WIDTH), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.values.append(getattr(self, "value", MISSING))
+        self.last = self.linear(x).sin()
+        return self.last
+
+
+def set_value(layer: nn.Module, value: Any) -> None:
+    if value is not MISSING:
+        layer.value = value
+    elif hasattr(layer, "value"):
+        del layer.value
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [(value, [value]) for value in (None, True, 3, 0.5, 2j, "name", b"name")] + [(MISSING, 1), (1, MISSING)],
+)
+def test_plain_attributes_are_those_of_the_first_pass(first: Any, later: Any) -> None:
+    model = nn.Sequential(Recorded())
+    set_value(model[0], first)
+    ckpt_kernels.convert(model, recompute={"0": "checkpoint"})
+    y = model(torch.ones(2, WIDTH, requires_grad=True))
+    set_value(model[0], later)
+    last = model[0].last
+    y.sum().backward()
+    assert model[0].values == [first, first]
+    assert getattr(model[0], "value", MISSING) is later and model[0].last is last
+
+
 class Remembering(nn.Module):
     """Stores a tensor with a graph that the loss does not use."""
 
@@ -183,6 +237,43 @@ def test_calls_do_not_hold_the_graphs_of_earlier_calls() -> None:
         graphs.append(weakref.ref(model[0].unused))
     gc.collect()
     assert [graph() is not None for graph in graphs] == [False, False, False, True]
+    # A graph that refers to the module itself is a cycle through C++, which Python cannot collect.
+    model[0].unused = None
+
+
+class WithConfig(nn.Module):
+    """Holds an object, and a buffer with a graph, which a state does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.config = nn.Linear(WIDTH, WIDTH), types.SimpleNamespace(scale=2.0)
+        self.register_buffer("other", torch.ones(WIDTH))
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x * self.config.scale).sin() * self.other
+        self.last = y.exp()
+        return y
+
+
+@pytest.mark.parametrize("change", ["nothing", "number", "buffer"])
+def test_values_that_a_state_does_not_hold_are_as_before(change: str) -> None:
+    model = nn.Sequential(WithConfig())
+    ckpt_kernels.convert(model, recompute={"0": "checkpoint"})
+    x = torch.ones(2, WIDTH)
+    model(x).sum().backward()
+    layer = model[0]
+    layer.register_buffer("graph", layer.linear.weight.sum())
+    y = model(x)
+    last, config, other = layer.last, layer.config, layer.other
+    if change == "number":
+        layer.number = 3
+    elif change == "buffer":
+        del layer.graph
+    y.sum().backward()
+    assert layer.last is last and layer.config is config and layer.other is other
+    assert getattr(layer, "number", 3) == 3 and hasattr(layer, "graph") is (change != "buffer")
+    layer.last = None
 
 
 class Doubled(nn.Module):

@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -118,6 +118,7 @@ class Levels:
 
     def _assign(self, model: nn.Module, levels: Mapping[str, str]) -> None:
         names = dict(named_modules(model, duplicates=True))
+        layers = functools.cache(lambda: dict.fromkeys(filter(_has_products, layers_of(model).values())))
         for pattern, level in levels.items():
             if not isinstance(pattern, str):
                 raise TypeError(f"recompute has the key {pattern!r}; expected names of modules, with * and ?")
@@ -133,13 +134,12 @@ class Levels:
                 places = (Place(len(self._level), 0, True),) if policy.is_checkpoint else ()
                 self._set_level(module, policy.inside(), places)
                 if policy.level == "layer" and not places:
-                    self._set_layers_inside(layers_of(model), module, policy)
+                    self._set_layers_inside(layers(), module, policy)
 
-    def _set_layers_inside(self, layers: Mapping[str, nn.Module], module: nn.Module, policy: Policy) -> None:
+    def _set_layers_inside(self, layers: Container[nn.Module], module: nn.Module, policy: Policy) -> None:
         """Gives the level "layer" to the layers inside a module; around them the level "all" keeps the same."""
-        inside = set(modules_of(module))
-        layers_inside = [layer for layer in layers.values() if layer in inside and count_matrices(layer) > 1]
-        if not layers_inside or module in layers_inside:
+        layers_inside = [] if module in layers else [inside for inside in modules_of(module) if inside in layers]
+        if not layers_inside:
             return
         self._set_level(module, dataclasses.replace(policy, level="all"), ())
         for layer in layers_inside:
@@ -174,6 +174,10 @@ class Levels:
             kind = f"checkpointed {policy}" if places else str(policy)
             counts[kind] = counts.get(kind, 0) + 1
         return "by module: " + (", ".join(f"{count} x {kind}" for kind, count in counts.items()) or "none")
+
+
+def _has_products(layer: nn.Module) -> bool:
+    return count_matrices(layer) > 1
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:

@@ -19,6 +19,10 @@ from .rules.rule import Forward
 _CHANGEABLE = ("__code__", "__defaults__", "__kwdefaults__")
 
 
+# The attribute of a wrapper with the wrapper and the method that it replaces.
+_STANDS_FOR = "_ckpt_stands_for"
+
+
 def method_bindings(kind: type, name: str, method: Any) -> tuple[Binding, ...]:
     """The bindings that hold as long as the class has this method under that name, as the method is now."""
     functions = _functions_of(method)
@@ -50,7 +54,15 @@ def unless_patched(bindings: tuple[Binding, ...], method: Forward) -> Forward:
         called = _ckpt_method if is_same else _ckpt_load(_ckpt_original, _ckpt_name)
         return called(self, *args, **kwargs)
 
+    # With the wrapper itself, because a decorator copies the attributes of what it decorates.
+    vars(call)[_STANDS_FOR] = call, original_method
     return call
+
+
+def original_method(method: Any) -> Any:
+    """The method of the original class that a method of a converted class replaces; any other method itself."""
+    wrapper, original = getattr(method, _STANDS_FOR, (None, None))
+    return original if wrapper is method else method
 
 
 def in_context(original: type[nn.Module], context: ForwardContext, forward: Forward | None) -> Forward:

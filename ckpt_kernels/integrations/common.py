@@ -141,15 +141,17 @@ def _of_first_process(planned: Callable[[], Plan]) -> Plan:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return planned()
+    is_first = distributed.get_rank() == 0
     found: list[Any] = [None]
-    if distributed.get_rank() == 0:
-        try:
-            found = [planned()]
-        except Exception as error:  # the others would wait
-            found = [error]
+    try:
+        found = [planned()] if is_first else found
+    except Exception as error:
+        # The others would wait. Some errors cannot be pickled.
+        distributed.broadcast_object_list([f"{type(error).__name__}: {error}"], src=0)
+        raise
     distributed.broadcast_object_list(found, src=0)
-    if isinstance(found[0], Exception):
-        raise found[0]
+    if isinstance(found[0], str):
+        raise RuntimeError(f"the first process cannot plan: {found[0]}")
     return found[0]
 
 

@@ -16,6 +16,7 @@ from .announcements import Announcement
 from .announcing import announce, announce_in_layer, copied, note, record, watch
 from .contexts import DiscardOutputs, discard_outputs, selective_contexts
 from .layers import layer, run_as_layer, run_at
+from .widened import is_widened, keeping_narrow
 
 __all__ = [
     "Announcement",
@@ -26,6 +27,8 @@ __all__ = [
     "discard_outputs",
     "discarding",
     "is_active",
+    "is_widened",
+    "keeping_narrow",
     "layer",
     "note",
     "record",

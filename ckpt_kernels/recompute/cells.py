@@ -64,7 +64,7 @@ class Kept:
     def get(self) -> Tensor:
         tensor = self.tensor
         if tensor._version != self.version:
-            raise _version_error(f"{tensor.dtype} {tuple(tensor.shape)}", tensor._version, self.version)
+            raise version_error(f"{tensor.dtype} {tuple(tensor.shape)}", tensor._version, self.version)
         if self.is_plain and not tensor.data_ptr() and _is_freed(tensor):
             raise RuntimeError(
                 f"a weight needed to compute again, {tensor.dtype} {tuple(tensor.shape)}, has been freed; "
@@ -103,7 +103,7 @@ class Unwritten(NamedTuple):
 
     def get(self) -> Tensor:
         if self.watch._version != self.version:
-            raise _version_error(f"{self.watch.dtype}", self.watch._version, self.version)
+            raise version_error(f"{self.watch.dtype}", self.watch._version, self.version)
         return self.operand.get()
 
 
@@ -116,7 +116,7 @@ class Absent(NamedTuple):
         return None
 
 
-def _version_error(tensor: str, version: int, expected: int) -> RuntimeError:
+def version_error(tensor: str, version: int, expected: int) -> RuntimeError:
     return RuntimeError(
         "a tensor needed for the gradient computation was modified by an in-place operation: "
         f"{tensor} is at version {version}; expected version {expected}"

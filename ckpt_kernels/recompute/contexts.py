@@ -134,15 +134,28 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
         discarder.is_closed = True
         innermost()
         discarder.close()
-        # Hooks that were opened before and closed within, in another call, have removed these hooks in place of theirs.
-        if outer is not None and pushed_by == threading.get_ident() and _are_same(top_hooks(), outer):
-            hooks._pop_saved_tensors_default_hooks()
-            # Unless the same functions were pushed once more within, and stay.
-            if has_innermost_hooks(discarder):
-                hooks._pop_saved_tensors_default_hooks()
-                hooks._push_saved_tensors_default_hooks(*outer)
+        if pushed_by == threading.get_ident() and hooks._saved_tensors_hooks_is_enabled():
+            _remove_hooks(discarder, outer)
         while _has_closed_hooks():
             hooks._pop_saved_tensors_default_hooks()
+
+
+def _remove_hooks(discarder: Discarder, outer: tuple[Any, Any] | None) -> None:
+    """Removes the hooks of a context, below those that were opened within and stay open.
+
+    If they are gone, hooks that were opened before, `outer`, and closed within have removed them in place of their own.
+    """
+    hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
+    inner: list[tuple[Any, Any]] = []
+    while not has_innermost_hooks(discarder) and (top := top_hooks()) is not None:
+        inner.append(top)
+        hooks._pop_saved_tensors_default_hooks()
+    if has_innermost_hooks(discarder):
+        hooks._pop_saved_tensors_default_hooks()
+    elif inner and outer is not None and inner[0][0] is outer[0] and inner[0][1] is outer[1]:
+        del inner[0]
+    for pair in reversed(inner):
+        hooks._push_saved_tensors_default_hooks(*pair)
 
 
 def _has_closed_hooks() -> bool:
@@ -152,17 +165,13 @@ def _has_closed_hooks() -> bool:
     return isinstance(owner, Discarder) and owner.is_closed
 
 
-def _are_same(hooks: tuple[Any, Any] | None, others: tuple[Any, Any]) -> bool:
-    return hooks is not None and hooks[0] is others[0] and hooks[1] is others[1]
-
-
 def use_library(thin: Any) -> None:
     """Lets `thin`, the module `_thin`, pack, record and unpack in the usual cases."""
     hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
     graph_task, storage = torch._C._current_graph_task_id, torch.UntypedStorage
     thin.set_up_classes(Announced, Block, Cell, Claim, Discarder, Entries, Entry, Kept, Recipe)
     names = SAVED_BY, KEEPING | {nodes.LEAF}, frozenset(VIEWS), WRITERS, PRIVATE_READERS, GATHERS
-    thin.set_up_cells(torch.strided, LONGEST_CHAIN, *names, BackwardCFunction)
+    thin.set_up_cells(torch.strided, torch.float32, LONGEST_CHAIN, *names, BackwardCFunction)
     top = hooks._top_saved_tensors_default_hooks
     thin.set_up_records(thread, top, backends.chosen, type(threading.RLock()), empty_of)
     thin.set_up_storages(storage._expired, storage._free_weak_ref)

@@ -22,6 +22,7 @@ from .rules import BY_RESULT, RULES_AND_EXPERTS, RULES_AND_PRODUCTS
 from .shared_results import register_keeper, replace_result
 from .small_operands import COPIED, fills_memory
 from .state import State
+from .widened import narrow_copy, widened
 
 
 class Discarder(State):
@@ -125,27 +126,29 @@ class Discarder(State):
         if self.is_closed and has_innermost_hooks(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
         held = self._boundaries.of(tensor) if self.held and is_plain(tensor) else None
-        cell = self._packed(tensor)
+        cell = self._packed(tensor, is_saved=held is None)
         # A view of a copy does not have all of the values.
         if held is not None and (held.original is None or held.tensor() is tensor):
             held.saved(cell)
         return cell
 
-    def _packed(self, tensor: Tensor) -> Cell:
+    def _packed(self, tensor: Tensor, is_saved: bool = False) -> Cell:
         node, announced = tensor.grad_fn, self.announced
         if node is None and tensor._base is None and (announced is None or announced.total is None):
             # A weight, an input or a statistic has no autograd node to be recomputed from.
             content, watch = self._kept(tensor)
             cell, is_replaceable = Cell(content, self, tensor._version, watch), False
         else:
-            cell, is_replaceable = self._traced_or_kept(tensor, node)
+            cell, is_replaceable = self._traced_or_kept(tensor, node, is_saved)
         if announced is not None and not self.is_apart and tensor.layout is torch.strided:
             announced.saved[id(tensor)] = tensor, cell, is_replaceable
         return cell
 
-    def _traced_or_kept(self, tensor: Tensor, node: Any) -> tuple[Cell, bool]:
+    def _traced_or_kept(self, tensor: Tensor, node: Any, is_saved: bool) -> tuple[Cell, bool]:
         """The cell of a tensor; and whether a later recipe may replace the tensor in all cells."""
         source = self._source_of(tensor)
+        if source is None and is_saved:
+            source = self._narrowed(tensor)
         if isinstance(source, Recipe) and source.depth <= LONGEST_CHAIN:
             content: Operand = Claim(source, geometry_of(tensor))
             watch = watch_of(tensor, self.all_entries.of(tensor))
@@ -156,6 +159,16 @@ class Discarder(State):
         if isinstance(source, Tensor):
             register_keeper(source, tensor, cell)
         return cell, isinstance(source, Tensor)
+
+    def _narrowed(self, tensor: Tensor) -> Recipe | None:
+        """The recipe of a float32 copy of a 16-bit tensor, which keeps 16 bits for all readers of the copy."""
+        root = tensor if tensor._base is None else tensor._base
+        narrow = None if self.is_closed or tensor.dtype is not root.dtype else narrow_copy(root)
+        if narrow is None:
+            return None
+        recipe = Recipe(widened, (self._kept(narrow)[0],), 1, layout_of(root))
+        self.all_entries.add(Entry(root, weakref.ref(recipe)))
+        return recipe
 
     def _source_of(self, tensor: Tensor) -> Recipe | Tensor | None:
         """The result of `_recipe_for`, or the recipe of a total.

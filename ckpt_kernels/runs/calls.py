@@ -18,7 +18,6 @@ from ..random_state import RandomState
 from ..recompute.biases import address_of
 from .arguments import version_of
 from .held import Held
-from .module_state import ModuleStates
 
 if TYPE_CHECKING:
     from .run import Run
@@ -79,7 +78,7 @@ class Call:
         is_distributed = _CAN_BE_DISTRIBUTED and torch.distributed.is_initialized()
         self.parameters = [] if is_distributed else held.parameters
         self.memory = _memory_of(self.parameters)
-        self.states = ModuleStates([], []) if is_distributed else held.states
+        self.states = None if is_distributed else held.states
 
     def repeat(self, args: list[Any], kwargs: dict[str, Any], alone: bool) -> list[Tensor]:
         """Repeats the call with the random numbers, autocast, backend, buffers and modules' states of the first pass.
@@ -98,7 +97,8 @@ class Call:
         # The state is restored also if nothing was drawn: a layer may put a generator's state back itself.
         self.random.restore()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.states.restored())
+            if self.states is not None:
+                stack.enter_context(self.states.restored())
             for buffer in self.written:
                 stack.enter_context(buffer.restored())
             if backends.chosen() != self.backend:

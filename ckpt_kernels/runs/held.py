@@ -52,8 +52,8 @@ def held_by(layer: nn.Module) -> Held | None:
         if not _OTHER_TYPES.issuperset(map(type, own)):
             generators += [value for value in own if isinstance(value, torch.Generator)]
     initialized = [parameter for parameter in parameters if parameter is not None]
-    held = Held(initialized, buffers, generators, ModuleStates(list(seen), initialized))
-    return None if _is_any_lazy(held.parameters) or _is_any_lazy([buffer for buffer, _ in buffers]) else held
+    found = Held(initialized, buffers, generators, ModuleStates(list(seen), initialized))
+    return None if _is_any_lazy(found.parameters) or _is_any_lazy([buffer for buffer, _ in buffers]) else found
 
 
 def _is_any_lazy(tensors: Sequence[Tensor]) -> bool:

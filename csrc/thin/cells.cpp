@@ -9,8 +9,8 @@ namespace ckpt {
 
 namespace {
 
-// Torch's layout of dense tensors; the length limit of chains of recipes.
-PyObject* strided = nullptr;
+// Torch's layout of dense tensors; a dtype of torch; the length limit of chains of recipes.
+PyObject *strided = nullptr, *float32 = nullptr;
 long longest_chain = 0;
 
 PyObject *of_cdata, *of_discard, *of_name, *of_pack, *of_recomputed_block, *nothing_served;
@@ -84,6 +84,9 @@ class Packing {
 
   // Whether there is certainly no recipe, for a tensor or view that a node made and that has no entry.
   bool has_no_recipe(PyObject* root, const Owned& node, const Owned& name) const {
+    // Python keeps a copy in float32 of a 16-bit tensor in 16 bits.
+    const bool is_cast = PyUnicode_CompareWithASCIIString(name.get(), "ToCopyBackward0") == 0;
+    if (is_cast && tensor_members.dtype.of(root).is(float32)) return false;
     if (slots_.is_paused.is(discarder_, Py_True)) return true;
     const Owned rules = shared(slots_.rules.of(discarder_)), version = tensor_members.version.of(root);
     if (!version) return false;
@@ -202,18 +205,21 @@ PyObject* packer(PyObject*, PyObject* discarder) {
 
 PyObject* set_up_cells(PyObject*, PyObject* arguments) {
   GraphNames names;
-  if (!PyArg_ParseTuple(arguments, "OlO!OOOOOO", &strided, &longest_chain, &PyDict_Type, &names.saved, &names.stops,
-                        &names.views, &names.writers, &names.private_readers, &names.gathers, &names.python_node))
+  if (!PyArg_ParseTuple(arguments, "OOlO!OOOOOO", &strided, &float32, &longest_chain, &PyDict_Type, &names.saved,
+                        &names.stops, &names.views, &names.writers, &names.private_readers, &names.gathers,
+                        &names.python_node))
     return nullptr;
   Py_INCREF(strided);
+  Py_INCREF(float32);
   read_graph_by(names);
   Py_RETURN_NONE;
 }
 
 PyMethodDef methods[] = {
     {"set_up_cells", set_up_cells, METH_VARARGS,
-     "set_up_cells(layout, longest_chain, saved, stops, views, writers, private_readers, gathers, python_node): the "
-     "layout of dense tensors; the length limit of chains of recipes; the names in graph.h."},
+     "set_up_cells(layout, float32, longest_chain, saved, stops, views, writers, private_readers, gathers, "
+     "python_node): the layout of dense tensors; a dtype; the length limit of chains of recipes; the names in "
+     "graph.h."},
     {"packer", packer, METH_O, "packer(discarder): the discarder's hook `pack`."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -250,6 +250,13 @@ PYTHON = (
         "tests/test_convert_in_place_writes.py -k may_be_written",
     ),
     Mutant(
+        "a float32 copy that was written to is kept in 16 bits",
+        "ckpt_kernels/recompute/widened.py",
+        "or type(tensor) is not Tensor «or tensor._version»:",
+        "",
+        "tests/test_widened.py -k written_to",
+    ),
+    Mutant(
         "recipes read a layer's input itself where a norm saves a copy",
         "ckpt_kernels/recompute/layer_boundaries.py",
         "return tensor if held.is_saved else «held.copy»",

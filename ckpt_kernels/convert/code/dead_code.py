@@ -1,6 +1,8 @@
-"""Dead code of a function: branches under `if is_installed():`, where the function returns a global that is False.
+"""Dead code of a function: branches under `if is_installed():`, where the function returns a global that is False, and
+under `if x.device.type == "mps":`, where x is an argument.
 
-Such a branch need not be analysed as long as the global and the function keep their values.
+Such a branch need not be analysed: as long as the global and the function keep their values, or because fused functions
+take only tensors on a CPU or a CUDA device.
 """
 
 import ast
@@ -23,11 +25,18 @@ def live_code(function: types.FunctionType) -> tuple[types.CodeType, list[Bindin
         if name not in local and name in names and (flag := _false_flag(names[name])) is not None:
             false_functions.add(name)
             assumptions += [(names, name, names[name]), (names[name], "__code__", names[name].__code__), flag]
-    if not false_functions:
+    # The first of several arguments may be a module.
+    arguments = code.co_varnames[: code.co_argcount]
+    tensors = set(arguments[1:] or arguments) if {"device", "type"} <= set(code.co_names) else set()
+    if not false_functions and not tensors:
         return function.__code__, []
     try:
         definition = definition_of(function)
-        tree = _DeadBranchRemover(false_functions).visit(copy.deepcopy(definition.tree))
+        tensors -= {n.id for n in ast.walk(definition.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        remover = _DeadBranchRemover(false_functions, tensors)
+        if not any(isinstance(node, ast.If) and remover.is_dead(node.test) for node in ast.walk(definition.tree)):
+            return function.__code__, []
+        tree = remover.visit(copy.deepcopy(definition.tree))
         return rebuilt(function, definition._replace(tree=tree), {}).__code__, assumptions
     except NoSource:
         return function.__code__, []
@@ -50,15 +59,30 @@ def _false_flag(function: Any) -> Binding | None:
 
 
 class _DeadBranchRemover(ast.NodeTransformer):
-    def __init__(self, false_functions: set[str]) -> None:
+    def __init__(self, false_functions: set[str], tensors: set[str]) -> None:
         self._false_functions = false_functions
+        self._tensors = tensors
 
     def visit_If(self, node: ast.If) -> Any:
         self.generic_visit(node)
-        test = node.test
+        return (node.orelse or ast.copy_location(ast.Pass(), node)) if self.is_dead(node.test) else node
+
+    def is_dead(self, test: ast.expr) -> bool:
+        """Whether a condition, or the first of several that all must hold, is false."""
         if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
             test = test.values[0]
-        if isinstance(test, ast.Call) and not test.args and not test.keywords and isinstance(test.func, ast.Name):
-            if test.func.id in self._false_functions:
-                return node.orelse or ast.copy_location(ast.Pass(), node)
-        return node
+        return self._is_false_call(test) or self._names_other_device(test)
+
+    def _is_false_call(self, test: ast.expr) -> bool:
+        if not isinstance(test, ast.Call) or test.args or test.keywords or not isinstance(test.func, ast.Name):
+            return False
+        return test.func.id in self._false_functions
+
+    def _names_other_device(self, test: ast.expr) -> bool:
+        """Whether an expression asks for another device of an argument than a CPU or a CUDA device."""
+        if not isinstance(test, ast.Compare) or not isinstance(test.left, ast.Attribute):
+            return False
+        owner, _, asked = ast.unparse(test.left).partition(".")
+        name = test.comparators[0].value if isinstance(test.comparators[0], ast.Constant) else None
+        is_question = len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq) and asked == "device.type"
+        return is_question and owner in self._tensors and isinstance(name, str) and name not in ("cpu", "cuda")

@@ -19,6 +19,7 @@ from ..attribute_loads import is_set
 from ..code.code_objects import has_type
 from ..rules.in_place import out_of_place, writes_over
 from ..rules.norms import Norm, RowNorm
+from ..rules.pointwise import activated
 from .aliases import are_views_of_one_base
 from .guards import are_chained, have_same_shape_dtype_device, is_per_sample, level_for_weights, share_gradient_need
 from .templates import Pattern, Results, pattern
@@ -199,7 +200,7 @@ def _scaled_square(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 @pattern("bias_act ({})", "formula(input)")
 def formula(input: Tensor, activation: str) -> Results | None:
-    return [F.bias_act(input, activation=activation)]
+    return [activated(input, activation)]
 
 
 # As they are defined above: larger patterns first.

@@ -131,9 +131,9 @@ def share_gradient_need(input: Tensor, *linears: tuple[Tensor, Tensor | None]) -
 
 
 def level_for_weights(recompute: str, *linears: tuple[Tensor, Tensor | None]) -> str:
-    """The level, with "output" for "all" if a weight is frozen and the linear layers' input is larger than the products
-    that run again: eager torch does not save the input of a frozen layer."""
-    if recompute != "all" or all(weight.requires_grad for weight, _ in linears):
+    """The level, with "output" for "all" if all weights are frozen and the linear layers' input is larger than the
+    products that run again: eager torch does not save the input of a frozen layer."""
+    if recompute != "all" or any(weight.requires_grad for weight, _ in linears):
         return recompute
     return "all" if linears[0][0].shape[1] <= sum(weight.shape[0] for weight, _ in linears) else "output"
 

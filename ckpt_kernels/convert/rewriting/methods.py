@@ -8,7 +8,7 @@ import ast
 import contextlib
 import itertools
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...activations import FUNCTIONS as ACTIVATIONS
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS as FORMULAS
 from ..adapters import adds_bias, is_adapter
-from ..code.code_objects import has_type
 from ..code.frames import why_not_rewritten
 from ..code.memoization import memoized
 from ..code.scope import UNKNOWN, Scope
@@ -28,17 +26,17 @@ from ..code.source import NoSource, decorator_chain, definition_of
 from ..code.straight_line import Binding, Run, blocks, runs_ending_at
 from ..rotations.recognition import is_rotation
 from ..rules.activation_trials import TrialResult, activation_by_trial
-from ..rules.gates import GateOutline, clamps_or_casts, gate_of_method, gated, may_be_gate, outline_of_method
+from ..rules.gates import GateOutline, clamps_or_casts, gate_of_method, gated, outline_of_method
 from ..rules.rule import Rule
 from ..rules.trial import in_own_thread
 from ..swap import is_plain_method
 from .callable_objects import method_called
+from .candidates import is_candidate
 from .formulas import VALUE, Formula, formula_of
 from .gate_runs import gate_run_roles
 from .note_reasons import ADAPTER, BIASED, noted_roles
-from .replacements import FUNCTION_TYPES, REPLACEMENTS
 from .rewrite import rewritten_method
-from .roles import GATE, MethodRoles, Role, may_match_any, role_of
+from .roles import GATE, MethodRoles, Role, may_match_any, role_of, role_of_method
 
 _NORMS = frozenset(norm.__name__ for norm in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm))
 
@@ -114,10 +112,10 @@ def _rule(
         rewritten = None
         try:
             function = decorator_chain(method)[-1]
-            is_candidate = read_all or _names_any(function, children) or bool(noted_roles(function, recompute))
-            if is_candidate and (why_not := why_not_rewritten(function, module)):
+            is_read = read_all or is_candidate(function, module, children) or bool(noted_roles(function, recompute))
+            if is_read and (why_not := why_not_rewritten(function, module)):
                 reason = reason or why_not
-            elif is_candidate:
+            elif is_read:
                 roles = roles_in(function)
                 rewritten = rewritten_method(method, roles, recompute) if may_match_any(roles, recompute) else None
         except NoSource as error:
@@ -152,21 +150,6 @@ def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
             seen.add(name)
 
 
-def _names_any(function: types.FunctionType, children: Collection[str]) -> bool:
-    """Whether a function names a child of the module, or a function that a formula or a replacement starts from."""
-    if not (names := set(function.__code__.co_names)).isdisjoint(_METHODS | set(children)):
-        return True
-    values = (function.__globals__.get(name) for name in names | set(function.__code__.co_freevars))
-    functions = [value for value in values if has_type(value, FUNCTION_TYPES)]
-    return any(value in ACTIVATIONS or value in REPLACEMENTS or may_be_gate(value, 0) for value in functions)
-
-
-# The names of functions and methods that a formula, a replacement or a note starts from.
-_METHODS = {"erf", "square", "chunk", "clamp"}.union(
-    function.__name__ for function in (*ACTIVATIONS, *REPLACEMENTS) if hasattr(function, "__name__")
-)
-
-
 def _roles(
     module: nn.Module | None, function: types.FunctionType, may_touch: Callable[[nn.Module], bool]
 ) -> MethodRoles:
@@ -180,6 +163,9 @@ def _roles(
         if value is not UNKNOWN:
             method = method_called(value)
             roles[text] = role_of(value, may_touch) if method is None else _object_role(method, may_touch)
+        elif module is not None and isinstance(load, ast.Attribute) and ast.unparse(load.value) == scope.self_name:
+            if (role := role_of_method(module, load.attr)).kind:
+                roles[text] = role
     for name in _local_rotations(function):
         roles[name] = Role("local replacement")
     for text, functions in formulas:
@@ -263,7 +249,8 @@ def _formula_role(text: str, values: tuple[tuple[str, Any], ...], functions: tup
         with torch.no_grad():
             results = compute(points.clone())
         close = (torch.allclose(results, FORMULAS[name](points), rtol=1e-6, atol=1e-6) for name in NAMES)
-        name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else TrialResult()
-        return Role() if name is None else Role("formula", name, not keeps_input, functions, is_exact)
+        trial = activation_by_trial(compute) if any(close) else TrialResult()
+        role = Role("formula", trial.name or "", not trial.keeps_input, functions, trial.is_exact)
+        return role if trial.name else Role()
     except Exception:  # a formula that raises, whatever the exception, is no activation
         return Role()

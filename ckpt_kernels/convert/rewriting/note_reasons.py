@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from ..code.code_objects import names_in
 from ..code.memoization import memoized
 from ..code.source import definition_of
+from .noted_operations import NOTED_CASTS
 from .roles import MODULE, Role, Roles
 
 # A clamped tensor may be a gate, whose operands are saved one by one.
 _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
+_REDUCTIONS = frozenset(("mean", "norm", "std", "sum", "var"))
+
+_CASTS = frozenset(NOTED_CASTS)
 
 # Kinds of callees whose inputs or outputs the level "layer" recomputes.
 IN_LAYERS = frozenset(("linear", "norm", MODULE))
@@ -51,6 +55,28 @@ def is_indexed_by_list(tree: ast.AST) -> bool:
     return any(isinstance(part, ast.List) for part in getattr(tree.slice, "elts", [tree.slice]))
 
 
+@memoized
+def _squares(function: types.FunctionType) -> bool:
+    """Whether a function squares a tensor, of which torch saves the root, and does not reduce the square."""
+    if not _REDUCTIONS.isdisjoint(names_in(function.__code__)):
+        return False
+    return any(map(_is_square, ast.walk(definition_of(function).tree)))
+
+
+def _is_square(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        return name == "square" or (name == "pow" and bool(node.args) and _is_two(node.args[-1]))
+    if not isinstance(node, ast.BinOp):
+        return False
+    is_product = isinstance(node.op, ast.Mult) and ast.unparse(node.left) == ast.unparse(node.right)
+    return is_product or (isinstance(node.op, ast.Pow) and _is_two(node.right))
+
+
+def _is_two(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value == 2
+
+
 def reasons_to_note(function: types.FunctionType, roles: Roles, recompute: str, multiplies: bool) -> Iterator[str]:
     """The reasons, each a line of the report. `multiplies`: whether the method has a product."""
     kinds = {role.kind for role in roles.values()}
@@ -58,8 +84,12 @@ def reasons_to_note(function: types.FunctionType, roles: Roles, recompute: str, 
         yield "recipes of clamped tensors"
     if _NOTED in roles:
         yield f"recipes of {roles[_NOTED].name}"
+    if multiplies and _squares(function):
+        yield "recipes of scaled squares"
     if multiplies and "norm" in kinds:
         yield "recipes of scaled norms"
+    if recompute == "all" and "act" in kinds and _CASTS & names_in(function.__code__):
+        yield "recipes of activations of casts"
     # Where linear layers run again, sums that a norm reads and concatenated heads can be recomputed too.
     if recompute == "layer" and not IN_LAYERS.isdisjoint(kinds):
         yield "recipes of sums, products and concatenations"

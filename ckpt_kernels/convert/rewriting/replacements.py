@@ -18,10 +18,11 @@ from ... import functional as ours
 from ..code.code_objects import has_type
 from ..operands import as_plain_tensor, is_called_plainly, is_operand, is_ordinary
 from ..rotations.recognition import rotation_of, settings_in
+from ..rules.activation_trials import TriedFunction, activation_function
 from ..rules.channel_norms import are_running_statistics
 from ..rules.gates import gate_of_function
 from ..rules.norms import is_dense_map
-from ..rules.pointwise import ActivationRule, pointwise_of
+from ..rules.pointwise import KEPT_BY_OUTPUT, ActivationRule, activated, pointwise_of
 
 # Torch's functions as they were when this package was imported: a user may patch them later.
 theirs = types.SimpleNamespace(**vars(torch.nn.functional))
@@ -43,6 +44,9 @@ def replacement_for(known: Any, call: ast.Call) -> tuple[Callable[..., Any], str
         return _where_computed(rotation.of, known), "rotary"
     if (gate := gate_of_function(known)) is not None:
         return _where_computed(functools.partial(gate.of, nn.Module()), known), str(gate)
+    tried = activation_function(known)
+    if tried is not None and tried.result.name not in KEPT_BY_OUTPUT:
+        return _where_computed(functools.partial(_tried_activation, tried), known), f"bias_act ({tried.result.name})"
     return None
 
 
@@ -77,6 +81,19 @@ def _activation(module: nn.Module, rule: ActivationRule, args: tuple, kwargs: di
     """The output of an activation module that is a global, so that conversion does not reach the module itself."""
     is_plain_call = len(args) == 1 and not kwargs and is_operand(args[0]) and is_called_plainly(module)
     return rule.apply(module, args[0]) if is_plain_call else None
+
+
+def _tried_activation(tried: TriedFunction, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The output of a function that computes an activation by a trial."""
+    if len(args) != 1 or kwargs:
+        return None
+    input, kind = as_plain_tensor(args[0])
+    name = tried.name_of(tried.function, input.dtype is torch.float64) if is_operand(input) else None
+    operand = None if name is None else tried.result.operand(input)
+    if name is None or operand is None:
+        return None
+    output = activated(operand, name)
+    return output if kind is None else output.as_subclass(kind)
 
 
 def _of_subclasses(replacement: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,20 +190,33 @@ def _gelu(input: Any, *, approximate: Any = "none") -> Any:
     name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate) if type(approximate) is str else None
     if name is None or not is_operand(input):
         return theirs.gelu(input, approximate=approximate)
-    return ours.bias_act(input, activation=name)
+    return activated(input, name)
 
 
 @functools.wraps(theirs.silu)
 def _silu(input: Any, inplace: Any = False) -> Any:
     if inplace is not False or not is_operand(input):
         return theirs.silu(input, inplace)
-    return ours.bias_act(input, activation="silu")
+    return activated(input, "silu")
+
+
+def _without_flag(replacement: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement for a function of torch that takes a sixth argument, with which the function itself runs."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        has_flag = len(args) > 5 or any(name.startswith("cudnn") for name in kwargs)
+        return (function if has_flag else replacement)(*args, **kwargs)
+
+    return call
 
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     theirs.layer_norm: _layer_norm,
     theirs.rms_norm: _rms_norm,
     theirs.group_norm: _group_norm,
+    torch.layer_norm: _without_flag(_layer_norm, torch.layer_norm),
+    torch.rms_norm: _rms_norm,
+    torch.group_norm: _without_flag(_group_norm, torch.group_norm),
     theirs.batch_norm: _batch_norm,
     theirs.glu: _glu,
     theirs.dropout: _dropout,

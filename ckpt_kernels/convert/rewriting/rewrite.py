@@ -17,6 +17,8 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from ...levels import level_of_blocks
 from ...recompute import watch
 from ..code.code_objects import has_type
@@ -28,18 +30,18 @@ from ..code.straight_line import OPAQUE, Block, blocks
 from ..code.syntax_trees import at, replaced, with_changed_children
 from ..code.wrapped_functions import check_wrapper
 from ..code.written_names import written_names
-from ..rules.activation_trials import activation_function
 from ..rules.gates import TriedGate, gate_at_site
+from . import noted_operations as noted
+from .branch_tails import move_into_branches
 from .callable_objects import replacing_call
 from .fused_patterns import PATTERNS
 from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
 from .native_sites import native_site
 from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
-from .noted_operations import NOTED_FUNCTIONS, NOTED_OPERATORS, noted_cast, noted_function, noted_operator
 from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, exchanging, replacement_for
-from .roles import MethodRoles, Role, Roles
+from .roles import MethodRoles, Role, Roles, tried_act
 from .run_matching import RunMatch, run_matches
 from .templates import guarded_call
 
@@ -87,6 +89,7 @@ class _Rewriter:
         self.function = function
         self.scope = Scope(function, definition.tree)
         self.tree = copy.deepcopy(definition.tree)
+        move_into_branches(self.tree, roles)
         self.reader = Reader(roles, self.scope, self.tree)
         self.recompute = recompute
         self.cells: dict[str, Any] = {}
@@ -94,7 +97,8 @@ class _Rewriter:
         self.written = set(written_names(self.tree, self.scope))
         # Above the level "block" outputs are discarded, and recipes need notes of sums and products.
         self.makes_notes = recompute != "block"
-        self.notes_casts = self.makes_notes and adds_casts(function)
+        # Where products run again, so do the casts of products.
+        self.notes_casts = self.makes_notes and (recompute != "output" or adds_casts(function))
         self.has_notes = False
         # Whether a product is noted, perhaps of the output of a norm, which can be recomputed together with the norm.
         self.multiplies = False
@@ -182,17 +186,24 @@ class _Rewriter:
         return at(location, ast.Call(self._cell(watch), [tree], []))
 
     def _noted(self, tree: Any) -> Any:
-        """An operator or a cast with a note of its operands; any other tree unchanged."""
-        callee = tree.func if self.notes_casts and isinstance(tree, ast.Call) else None
-        if isinstance(callee, ast.Attribute) and callee.attr == "to":
+        """An operator, a method for one, or a cast with a note of its operands; any other tree unchanged."""
+        callee = tree.func if self.makes_notes and isinstance(tree, ast.Call) else None
+        if self.notes_casts and isinstance(callee, ast.Attribute) and callee.attr in noted.NOTED_CASTS:
             self.has_notes = True
-            return at(tree, ast.Call(self._cell(noted_cast), [callee.value, *tree.args], tree.keywords))
-        compute = NOTED_OPERATORS.get(type(tree.op)) if isinstance(tree, ast.BinOp) and self.makes_notes else None
+            return at(
+                tree,
+                ast.Call(self._cell(noted.noted_cast(callee.attr)), [callee.value, *tree.args], tree.keywords),
+            )
+        if isinstance(callee, ast.Attribute) and callee.attr in noted.NOTED_METHODS:
+            self.has_notes = True
+            self.multiplies = self.multiplies or callee.attr == "mul"
+            return at(tree, ast.Call(self._mapped(callee, noted.noted_method), tree.args, tree.keywords))
+        compute = noted.NOTED_OPERATORS.get(type(tree.op)) if isinstance(tree, ast.BinOp) and self.makes_notes else None
         if compute is None:
             return tree
         self.has_notes = True
         self.multiplies = self.multiplies or isinstance(tree.op, ast.Mult)
-        return at(tree, ast.Call(self._cell(noted_operator(compute)), [tree.left, tree.right], []))
+        return at(tree, ast.Call(self._cell(noted.noted_operator(compute)), [tree.left, tree.right], []))
 
     def _fused_expression(self, match: Match) -> ast.expr:
         captured = {id(operand.tree): _next_result() for operand in match.captured}
@@ -215,8 +226,7 @@ class _Rewriter:
             options["recompute"] = level_of_blocks(self.recompute)
         captured = [operand.name for operand in match.captured]
         formula = attempt.act if attempt.act.kind == "formula" else None
-        tried = activation_function(attempt.act.values[0]) if attempt.act.values and not formula else None
-        function = guarded_call(pattern, captured, options, formula, tried)
+        function = guarded_call(pattern, captured, options, formula, tried_act(attempt.act))
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
         condition = _condition(ast.Call(self._cell(function), [], keywords))
         self.descriptions.append(attempt.description(pattern))
@@ -236,11 +246,14 @@ class _Rewriter:
         callee = call.func
         if role.kind == "object":
             return self._replaced_object(callee, *role.values)
+        if len(role.values) > 1:  # a method, which is rewritten itself
+            return callee
         is_local = role.kind == "local replacement"
         (known,) = role.values or ((self.scope.local_function if is_local else self.scope.value)(callee),)
-        if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in NOTED_FUNCTIONS:
+        if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in noted.NOTED_FUNCTIONS:
             self.has_notes = True
-            return self._mapped(callee, exchanging(known, noted_function(known)))
+            self.multiplies = self.multiplies or known is torch.mul
+            return self._mapped(callee, exchanging(known, noted.noted_function(known)))
         replacement = replacement_for(known, call)
         if replacement is None:
             return callee

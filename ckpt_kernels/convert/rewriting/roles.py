@@ -12,7 +12,13 @@ from ..attribute_loads import load_attribute
 from ..code.code_objects import has_type
 from ..code.straight_line import CHUNK
 from ..rotations.recognition import is_rotation
-from ..rules.activation_trials import activation_function
+from ..rules.activation_trials import (
+    TriedFunction,
+    TriedMethod,
+    activation_function,
+    activation_method,
+    settings_of_method,
+)
 from ..rules.gates import gate_of_function
 from ..rules.in_place import writes_over
 from ..rules.norms import Norm
@@ -45,7 +51,8 @@ class Role(NamedTuple):
     `name` is the name of an activation, or ADAPTED for a linear layer with an adapter. `needs_computed_input`: the
     activation matches only if the pattern also computes its input: eager torch does not save that input, so that a user
     may write to an input which exists outside. `values` are the functions and numbers with which a formula was
-    recognized, the function that is an activation by a trial, the module or function to be replaced, or the `__call__`
+    recognized, the function that is an activation by a trial, or the class, the name and the settings of a method that
+    is one, the module or function to be replaced, or the `__call__`
     of an object and the roles in it. `is_exact`: whether the numbers in a formula hold in float64; rounded ones do not.
     """
 
@@ -101,6 +108,22 @@ def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:
     is_replaced = value in REPLACEMENTS or value in NOTED_FUNCTIONS or is_rotation(value)
     is_replaced = is_replaced or gate_of_function(value) is not None
     return Role("replacement", values=(value,)) if is_replaced else Role()
+
+
+def role_of_method(module: nn.Module, name: str) -> Role:
+    """The role of an attribute of the module that is a method, an activation if a trial shows one."""
+    settings = settings_of_method(module, name)
+    tried = None if settings is None else activation_method(type(module), name, settings)
+    if tried is None:
+        return Role()
+    return Role("act", tried.result.name or "", not tried.result.keeps_input, (type(module), name, settings))
+
+
+def tried_act(role: Role) -> TriedFunction | TriedMethod | None:
+    """The trial by which a function or a method has the role of an activation; None for other roles."""
+    if role.kind != "act" or not role.values:
+        return None
+    return activation_function(*role.values) if len(role.values) == 1 else activation_method(*role.values)
 
 
 def looks_like_mlp(module: nn.Module, may_touch: Callable[[nn.Module], bool]) -> bool:

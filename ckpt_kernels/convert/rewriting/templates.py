@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..code.straight_line import CHUNK
 from ..operands import as_plain_tensor, has_global_hooks, is_observed, is_ordinary
-from ..rules.activation_trials import TriedFunction
+from ..rules.activation_trials import TriedFunction, TriedMethod
 from ..rules.pointwise import KEPT_BY_OUTPUT, activation_of
 from .guards import autocast_input, dropout_probability, linear_operands, norm_rule
 from .roles import Role
@@ -120,13 +120,13 @@ def guarded_call(
     captured: Sequence[str],
     options: dict[str, Any],
     formula: Role | None = None,
-    tried: TriedFunction | None = None,
+    tried: TriedFunction | TriedMethod | None = None,
 ) -> Callable[..., list[Any]]:
     """The function that a rewritten method calls at a site: checks the operands, then makes the fused call.
 
     The function returns a list: the results and True, or the `captured` operands and False. The method pops all items,
     so that no name holds a tensor longer than in the original. The activation may be a `formula`, whose role has the
-    functions and numbers in it, or a function that was `tried`.
+    functions and numbers in it, or a function or method that was `tried`.
     """
     returned = tuple(reversed(captured))
     formulas = tuple((f"f{index}", function) for index, function in enumerate(formula.values if formula else ()))

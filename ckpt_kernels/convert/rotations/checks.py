@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...ops.operands import elementwise_empty
 from ..rules.trial import watching_saved_tensors
-from .forms import Form, KnownForm, SupportedDtypes
+from .forms import DtypesCase, Form, KnownForm, SupportedDtypes
 from .trial_runs import Arrangement, Trial, are_close, reference_result
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -101,19 +101,22 @@ _TABLE_LAYOUTS = (_swapped(0, -2), _swapped(-1, -2), _expanded)
 
 
 def dtypes_of(trial: Trial, form: Form, arrangement: Arrangement, columns: int, entries: int) -> SupportedDtypes:
-    """The dtypes of heads and tables for which results have the heads' dtype, and whether autograd saves the tables."""
+    """The dtypes of heads and tables for which results have the dtype of heads or, if that is float32, of tables."""
     operands = trial.operands(arrangement, columns, entries)
     supported = {}
     for dtype, table in dict.fromkeys((d, t) for d in _DTYPES for t in (d, torch.float32)):
         *heads, cos, sin = [*(h.to(dtype) for h in operands[:-2]), *(t.to(table) for t in operands[-2:])]
         results = trial.run((*heads, cos, sin))
-        if results is None or any(r.dtype != dtype for r in results):
+        result_dtypes = set() if results is None else {r.dtype for r in results}
+        if results is None or result_dtypes not in ({dtype}, {torch.promote_types(dtype, table)}):
             continue
         expected: list[Any] = [reference_result(form, h.double(), cos.double(), sin.double()) for h in heads]
-        bound = 16 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+        widens = result_dtypes != {dtype}
+        bound = 16 * max(torch.finfo(table if widens else dtype).eps, torch.finfo(torch.float32).eps)
         if all(torch.allclose(r.double(), e, rtol=bound, atol=bound) for r, e in zip(results, expected, strict=True)):
             saved = list(_saves_tables(trial, heads, cos, sin))
-            supported[dtype, table] = all(cos for cos, _ in saved), all(sin for _, sin in saved)
+            saves_tables = all(cos for cos, _ in saved), all(sin for _, sin in saved)
+            supported[dtype, table] = DtypesCase(saves_tables, widens)
     return supported
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import recompute
 from ...backends.blocks import RotaryOptions
 from ...ops.rotary import rotary
 from ..code.snapshots import CodeSnapshot, NotTriable
@@ -135,8 +136,19 @@ class CallConvention(NamedTuple):
         return all(table.is_contiguous() for table in tables)
 
 
-# The supported dtypes of heads and tables, and whether autograd saves the cosines and sines themselves, not copies.
-SupportedDtypes = dict[tuple[torch.dtype, torch.dtype], tuple[bool, bool]]
+class DtypesCase(NamedTuple):
+    """What a function does for heads and tables of two dtypes.
+
+    `saves_tables`: whether autograd saves the cosines and sines themselves, not copies. `widens`: whether results have
+    the dtype of tables, as the products of 16-bit heads and float32 tables do, instead of that of heads.
+    """
+
+    saves_tables: tuple[bool, bool]
+    widens: bool
+
+
+# The supported dtypes of heads and tables.
+SupportedDtypes = dict[tuple[torch.dtype, torch.dtype], DtypesCase]
 
 
 def is_setting(value: Any) -> bool:
@@ -186,10 +198,13 @@ class Rotation:
         if len(calls) != len(heads) or len({form for form, _ in calls}) > 1:
             return None
         read_tables = list(calls[0][0].tables(cos, sin))
+        case = dtypes[first.dtype, cos.dtype]
         if torch.is_grad_enabled() and any(h.requires_grad for h in heads):
             # The user may write in place to tables of which the original function saves copies.
-            saved = dtypes[first.dtype, cos.dtype]
-            read_tables = [t if is_saved else t.clone() for t, is_saved in zip(read_tables, saved, strict=True)]
+            pairs = zip(read_tables, case.saves_tables, strict=True)
+            read_tables = [t if is_saved else t.clone() for t, is_saved in pairs]
+        if case.widens:
+            heads = [_widened(h, cos.dtype) for h in heads]
         rotated = [rotary(h, *read_tables, None, None, options) for (_, options), h in zip(calls, heads, strict=True)]
         return rotated[0] if len(rotated) == 1 else tuple(rotated)
 
@@ -227,6 +242,13 @@ class Rotation:
         if any(size not in (1, other) for size, other in zip(reversed(lead), reversed(whole), strict=False)):
             return None
         return known.form, options._replace(contiguous=not known.keeps_strides)
+
+
+def _widened(heads: Tensor, dtype: torch.dtype) -> Tensor:
+    """The heads in a wider dtype, which nobody else writes to."""
+    wide = heads.to(dtype)
+    recompute.note(wide, heads)
+    return wide
 
 
 def parameters_of(function: types.FunctionType) -> tuple[list[str], dict[str, Any]]:

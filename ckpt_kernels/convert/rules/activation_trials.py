@@ -5,6 +5,7 @@ activation agree.
 """
 
 import functools
+import inspect
 import math
 import sys
 import types
@@ -14,13 +15,17 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ... import recompute
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS
+from ..attribute_loads import LOADS_PLAINLY, loads_plainly
 from ..code.call_graph import belongs_to_torch
 from ..code.memoization import memoized, memoized_for_good
-from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, has_custom_gradient
-from ..code.snapshots import CodeSnapshot, NotTriable
-from .trial import POINTWISE, Outline, in_own_thread, result_of, takes_one_argument, watching_saved_tensors
+from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, has_custom_gradient, is_unchanged
+from ..code.settings import Settings
+from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
+from ..wrappers import original_method
+from .trial import POINTWISE, Outline, counting_saved_tensors, in_own_thread, result_of, takes_one_argument
 
 
 class TrialResult(NamedTuple):
@@ -30,11 +35,20 @@ class TrialResult(NamedTuple):
         name: the activation; None where no activation matches.
         keeps_input: whether torch saves the input for backward.
         is_exact: whether the formula is exact; one with rounded constants differs from the activation in float64.
+        keeps_others: whether torch saves two tensors or more that are neither the input nor the output.
     """
 
     name: str | None = None
     keeps_input: bool = True
     is_exact: bool = True
+    keeps_others: bool = False
+
+    def operand(self, input: Tensor) -> Tensor | None:
+        """The input, or a copy if torch does not save the input, to which the model may write later; None where torch
+        saves no more than the copy."""
+        if self.keeps_input or not (torch.is_grad_enabled() and input.requires_grad):
+            return input
+        return recompute.copied(input) if self.keeps_others else None
 
 
 @memoized_for_good
@@ -62,6 +76,68 @@ class TriedFunction(NamedTuple):
         return self.result.name if holds and self.code.is_same() else None
 
 
+class TriedMethod(NamedTuple):
+    """The same for a method of a class, `name`, which reads these settings of the module."""
+
+    kind: type[nn.Module]
+    name: str
+    settings: Settings
+    result: TrialResult
+    code: CodeSnapshot
+
+    def name_of(self, called: Any, wide: bool = False) -> str | None:
+        """The activation that a call of the bound method computes now; None as for a function.
+
+        A compiler traces the method itself.
+        """
+        if type(called) is not types.MethodType or torch.compiler.is_compiling() or (wide and not self.result.is_exact):
+            return None
+        module: Any = called.__self__
+        holds = original_method(called.__func__) is getattr(self.kind, self.name, None)
+        return self.result.name if holds and is_unchanged(module, self.settings, self.code) else None
+
+
+def settings_of_method(module: nn.Module, name: str) -> Settings | None:
+    """The settings that a method of one tensor reads; None where the module's attribute is anything else, or the method
+    must not be tried."""
+    kind = type(module)
+    method = inspect.getattr_static(kind, name, None)
+    if type(method) is not types.FunctionType or belongs_to_torch(method) or not takes_one_argument(method):
+        return None
+    if name in module.__dict__ or has_finalizer(kind) or not loads_plainly(kind):
+        return None
+    try:
+        reader = _read(module, method)
+    except NotTriable:
+        return None
+    return tuple(sorted(reader.settings.items())) if loads_plainly(kind, *reader.settings) else None
+
+
+def _read(module: nn.Module, function: types.FunctionType) -> CodeReader:
+    reader = CodeReader(module)
+    reader.read_function(function)
+    if depends_on_shapes(reader) or depends_on_dtype(reader):
+        raise NotTriable("decides by the shape or the dtype of its input")
+    reader.read_modules()
+    return reader
+
+
+@memoized
+def activation_method(kind: type[nn.Module], name: str, settings: Settings) -> TriedMethod | None:
+    """The trial of a method that computes a known activation, with a stand-in; None for any other method."""
+    module = object.__new__(kind)
+    module.__dict__.update(nn.Module().__dict__ | dict(settings))
+    method = getattr(kind, name)
+    try:
+        reader = _read(module, method)
+        result = tried_activation(functools.partial(method, module))
+    except NotTriable:
+        return None
+    plainly = [(kind, attribute, value) for attribute, value in LOADS_PLAINLY]
+    code = CodeSnapshot((nn.Module, (), ()), [*plainly, (kind, name, method), *reader.dependencies])
+    return None if result.name is None else TriedMethod(kind, name, settings, result, code)
+
+
 def is_importable(function: Any) -> TypeGuard[types.FunctionType]:
     """Whether a value is a function outside torch that can be imported under its name, so that it can be pickled."""
     if type(function) is not types.FunctionType or belongs_to_torch(function):
@@ -75,11 +151,7 @@ def activation_function(value: Any) -> TriedFunction | None:
     if not is_importable(value) or not takes_one_argument(value, 0):
         return None
     try:
-        reader = CodeReader(nn.Module())
-        reader.read_function(value)
-        if depends_on_shapes(reader) or depends_on_dtype(reader):
-            return None
-        reader.read_modules()
+        reader = _read(nn.Module(), value)
         result = tried_activation(value)
     except NotTriable:
         return None
@@ -107,7 +179,7 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
     With `has_function` the gradient comes from an `autograd.Function` whose code was read, and must be linear in the
     incoming one: the derivative times the incoming gradient, and nothing else.
     """
-    with watching_saved_tensors() as is_saved:
+    with counting_saved_tensors() as saved:
         points = sample_points()
         input = points.clone().requires_grad_()
         values = compute(input)
@@ -117,7 +189,8 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
             return TrialResult()
         if not _is_gradient_linear(values, input) if has_function else contains_function(values):
             return TrialResult()
-        keeps_input = is_saved(input)
+        of_input, of_output = (tensor.untyped_storage()._cdata for tensor in (input, values))
+        keeps_input, others = of_input in saved, saved - {of_input, of_output}
         (slopes,) = torch.autograd.grad(values.sum(), input)
         for name in NAMES:
             other = points.clone().requires_grad_()
@@ -127,7 +200,7 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
             if _are_close(values, expected, 1e-7) and _are_close(slopes, expected_slopes, 1e-6, 1):
                 # Exact formulas differ by 25 roundings in float64 at most.
                 is_exact = _are_close(values, expected, 1e-14) and _are_close(slopes, expected_slopes, 1e-14, 1)
-                return TrialResult(name, keeps_input, is_exact)
+                return TrialResult(name, keeps_input, is_exact, len(others) > 1)
     return TrialResult()
 
 

@@ -12,7 +12,7 @@ from .norms import RowNorm
 from .pointwise import pointwise_of
 from .rule import Rule
 
-_IN_BFLOAT16 = "not converted while its weights are bfloat16: takes none, or rounds as none of our row norms does"
+_IN_BFLOAT16 = "not converted while its {} bfloat16: takes none, or rounds as none of our row norms does"
 
 
 class LeafConverter:
@@ -46,7 +46,7 @@ class LeafConverter:
         else:
             self.apply(name, module, rule)
             if isinstance(rule, RowNorm) and not rule.takes_bfloat16:
-                self.leave(name, module, _IN_BFLOAT16)
+                self.leave(name, module, _IN_BFLOAT16.format("weights are" if rule.weight else "input is"))
 
     def apply(self, name: str, module: nn.Module, rule: Rule) -> None:
         """Converts a module by a rule."""

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from ... import nn as ours
 from ..attribute_loads import loads_plainly
+from ..code.call_graph import reachable_functions
+from ..code.code_objects import names_in
 from ..code.memoization import memoized_for_good
 from ..code.snapshots import NotTriable
 from ..module_tree import children_of, tensors_of
 from ..operands import has_forward_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
-from .likeness import looks_like_norm
+from .likeness import NORMS, looks_like_norm
+from .norm_accuracy import are_as_exact, are_close
 from .norms import Case, Dtypes, Norm, RowNorm
 from .trial import (
     CHANNELS,
@@ -55,6 +58,8 @@ _OURS = tuple(getattr(ours, kind.__name__) for kind in _RULES)
 # The smallest values tried. F.normalize, which bounds the norm at 1e-12 where an eps would be added, agrees with ours
 # above.
 _SMALLEST = 1e-8
+# The functions and methods with a reduction that the code of a norm may name.
+_REDUCTIONS = frozenset("layer_norm mean norm normalize rms_norm std sum var".split())
 _WIDE: Dtypes = (torch.float32, torch.float32)
 _OTHERS: tuple[Dtypes, ...] = (
     (torch.float64, torch.float64),
@@ -85,17 +90,23 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
 
 
 def _may_be_row_norm(module: nn.Module) -> bool:
-    """Whether a trial is worthwhile: for a leaf module outside torch.nn with at most two vectors of one length, whose
-    class is named like a norm if there is no vector."""
+    """Whether a trial is worthwhile: for a leaf module outside torch.nn with at most two vectors of one length, or
+    whose code names a reduction."""
     parameters = [p for p in module._parameters.values() if p is not None]
     if any(nn.parameter.is_lazy(p) or p.numel() < 2 for p in parameters):
         return False
     if children_of(module) or not takes_one_argument(type(module).forward):
         return False
-    if type(module).__module__.startswith("torch.nn.modules.") or not (parameters or looks_like_norm(module)):
+    if type(module).__module__.startswith("torch.nn.modules.") or not (parameters or _reduces(type(module))):
         return False
     are_vectors = len(parameters) <= 2 and all(p.numel() == max(p.shape, default=0) for p in parameters)
     return are_vectors and len({p.numel() for p in parameters}) <= 1
+
+
+def _reduces(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class may reduce a dimension, by the names in its code or as that of a norm of torch."""
+    names = (names_in(function.__code__) for function in reachable_functions(kind))
+    return issubclass(kind, NORMS) or not _REDUCTIONS.isdisjoint(itertools.chain.from_iterable(names))
 
 
 @memoized_for_good
@@ -135,13 +146,16 @@ def _keeps_strides(outline: Outline) -> bool:
 def _candidates(outline: Outline) -> Iterator[RowNorm]:
     """All rules in float32 that the module's parameters and epsilons allow."""
     names = tuple(outline.parameters)
-    coefficients = list(itertools.permutations(names)) if len(names) == 2 else [(*names, "", "")[:2]]
+    coefficients = [(*names, "", "")[:2]]
+    if len(names) == 2:
+        # The forward may use only one.
+        coefficients = [*itertools.permutations(names), *((name, "") for name in names)]
     # Epsilons come from settings, from numbers in the code, and from torch's defaults.
     code = inspect.unwrap(outline.forward).__code__
     numbers = [c for c in code.co_consts if type(c) is float and 0 < c < 0.1]
     settings = [name for name, value in outline.settings if type(value) is float and 0 < value < 0.1]
     epsilons: list[Any] = [*dict.fromkeys([*settings, *numbers, 1e-5, 1e-6, torch.finfo(torch.float32).eps])]
-    if "normalize" in code.co_names and outline.parameters:
+    if _normalizes(outline) and outline.parameters:
         # F.normalize divides by the root of the sum, not of the mean, and by 1e-12 at least.
         epsilons = [1e-24 / max(shape.numel() for shape in outline.parameters.values())]
     wide = (Case(_WIDE, torch.float32, True, False),)
@@ -202,14 +216,31 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
             fused = _with_gradients(module, input, lambda x: rule.compute(module, x, "identity"))
             if expected[0].dtype != fused[0].dtype:
                 return False
-            if not _close(expected, fused, dtypes, scale):
+            if not are_close(expected, fused, dtypes, scale):
                 # A module that rounds as torch's own norm does passes too, because the fused norm replaces that one.
-                of_torch = _with_gradients(module, input, lambda x: rule.computed_by_torch(module, x))
-                if not _close(expected, of_torch, dtypes, scale):
+                if _normalizes(outline) and dtypes[0] == dtypes[1] != torch.float32:
+                    is_alike = are_as_exact(_truth(outline, rule, module, input), expected, fused)
+                else:
+                    of_torch = _with_gradients(module, input, lambda x: rule.computed_by_torch(module, x))
+                    is_alike = are_close(expected, of_torch, dtypes, scale)
+                if not is_alike:
                     return False
         except (InputRefused, RuntimeError, ValueError, TypeError, IndexError):
             return False
     return True
+
+
+def _normalizes(outline: Outline) -> bool:
+    """Whether the forward calls `F.normalize`, which rounds a length, a quotient and each factor after that."""
+    return "normalize" in inspect.unwrap(outline.forward).__code__.co_names
+
+
+def _truth(outline: Outline, rule: RowNorm, module: nn.Module, input: Tensor) -> list[Tensor]:
+    """The outputs and gradients in float64, for the same numbers."""
+    wide = outline.stand_in(torch.float64)
+    for parameter, narrow in zip(tensors_of(wide), tensors_of(module), strict=True):
+        parameter.data = narrow.detach().double()
+    return _with_gradients(wide, input.double(), lambda x: _output_of(wide, rule.channels_first, x), input.dtype)
 
 
 def _output_of(module: nn.Module, channels_first: bool, input: Tensor) -> Tensor:
@@ -229,33 +260,23 @@ def _sizes(outline: Outline, channels_first: bool) -> list[tuple[int, ...]]:
     return [(2, c, *(6, 5, 4, 3)[:space]) if channels_first else (2, 60, c) for c in columns]
 
 
-def _with_gradients(module: nn.Module, input: Tensor, compute: Callable[[Tensor], Tensor | None]) -> list[Tensor]:
-    """The output, and the gradients of a weighted sum of the output."""
+def _with_gradients(
+    module: nn.Module,
+    input: Tensor,
+    compute: Callable[[Tensor], Tensor | None],
+    weights_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """The output, and the gradients of a sum of the output with weights of that dtype, None for the output's."""
     input = input.clone().requires_grad_()
     output = compute(input)
     if output is None:
         raise InputRefused("takes other shapes")
     if not output.requires_grad:
         raise NotTriable("has no gradient")
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device="cpu").view(output.shape)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=weights_dtype or output.dtype, device="cpu").view(
+        output.shape
+    )
     inputs = [input, *tensors_of(module)]
     gradients = torch.autograd.grad((output * weights).sum(), inputs, allow_unused=True)
     filled = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, inputs, strict=True)]
     return [output.detach(), *filled]
-
-
-def _close(expected: list[Tensor], results: list[Tensor], dtypes: Dtypes, scale: float) -> bool:
-    """Whether outputs round alike and gradients are close, with equal shapes and output strides."""
-    if any(a.shape != b.shape for a, b in zip(expected, results, strict=True)):
-        return False
-    if expected[0].stride() != results[0].stride():
-        return False
-    # Roundings at other places change a tenth of all results and more, and 1 % is allowed to differ. Beside a wide
-    # weight, the fused norm may be more exact on narrow inputs; there only the dtype of the output is in question.
-    narrow = dtypes[0].itemsize < 4
-    rtol = 1e-5 if not narrow else 0.0 if dtypes[0] == dtypes[1] else 0.02
-    (output, *gradients), (other, *others) = ([t.double() for t in tensors] for tensors in (expected, results))
-    if (~torch.isclose(output, other, rtol=rtol, atol=1e-6 * scale)).double().mean() > 0.01:
-        return False
-    allowed = 0.05 if narrow else 1e-4
-    return all((a - b).abs().max() <= allowed * a.abs().max() + 1e-12 for a, b in zip(gradients, others, strict=True))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional as F
+from ... import recompute
 from ...activations import FUNCTIONS, name_of
 from ..attribute_loads import LOADS_PLAINLY, is_set, loads_plainly, only_instances_define
 from ..code.code_objects import has_type
@@ -37,25 +38,33 @@ KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
+def activated(input: Tensor, name: str) -> Tensor:
+    """The activation of a tensor. A float32 copy of a 16-bit tensor is kept in 16 bits."""
+    if not recompute.is_widened(input):
+        return F.bias_act(input, activation=name)
+    with recompute.keeping_narrow():
+        return F.bias_act(input, activation=name)
+
+
 @dataclass(frozen=True)
 class ActivationRule(UnaryRule):
     """The rule for modules that compute an activation, as long as settings and code are those of the trial."""
 
-    name: str
+    trial: TrialResult
     settings: Settings
     code: CodeSnapshot | None
-    keeps_input: bool = True
-    is_exact: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.trial.name or ""
 
     def holds(self, module: nn.Module, wide: bool = False) -> bool:
         """Whether the module still computes the activation; `wide` asks for operands in float64."""
-        return (self.is_exact or not wide) and is_unchanged(module, self.settings, self.code)
+        return (self.trial.is_exact or not wide) and is_unchanged(module, self.settings, self.code)
 
     def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
-        # For some formulas eager torch does not save the input, and the model may write to the input later.
-        if not self.holds(module, input.dtype == torch.float64) or (torch.is_grad_enabled() and not self.keeps_input):
-            return None
-        return F.bias_act(input, activation=self.name)
+        operand = self.trial.operand(input) if self.holds(module, input.dtype == torch.float64) else None
+        return None if operand is None else activated(operand, self.name)
 
     def activation_guard(self, bindings: tuple[Binding, ...]) -> ActivationGuard:
         same = bindings if self.code is None else (*bindings, *self.code.dependencies)
@@ -65,7 +74,8 @@ class ActivationRule(UnaryRule):
         return ActivationGuard(guard, self.settings, self.name)
 
     def __str__(self) -> str:
-        return f"bias_act ({self.name}){'' if self.keeps_input else ' where it is fused, and without gradients'}"
+        is_computed_alone = self.trial.keeps_input or self.trial.keeps_others
+        return f"bias_act ({self.name}){'' if is_computed_alone else ' where it is fused, and without gradients'}"
 
 
 @dataclass(frozen=True)
@@ -110,12 +120,12 @@ def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
         unknown = name_of(module) is None and looks_like_activation(module)
         return None, _why_none(module) if unknown else ""
     try:
-        (name, keeps_input, is_exact), settings, code = _named(module)
+        trial, settings, code = _named(module)
     except NotTriable as error:
         return None, str(error) if looks_like_activation(module) else ""
-    if name is None:
+    if trial.name is None:
         return None, _why_none(module) if looks_like_activation(module) else ""
-    return (None if name in KEPT_BY_OUTPUT else ActivationRule(name, settings, code, keeps_input, is_exact)), ""
+    return (None if trial.name in KEPT_BY_OUTPUT else ActivationRule(trial, settings, code)), ""
 
 
 def _why_none(module: nn.Module) -> str:

@@ -139,7 +139,7 @@ class _AllowedCalls(TorchFunctionMode):
             arguments = (*args[1:], *(kwargs or {}).values())
             if not arguments or not all(isinstance(value, _CAST_TO) for value in arguments):
                 raise NotTriable("reads the type of its input, or casts to more than a dtype")
-        if func is nn.functional.rms_norm:
+        if func is nn.functional.rms_norm or func is torch.rms_norm:
             tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
             if len({tensor.dtype for tensor in tensors}) > 1:
                 raise InputRefused("takes an input and a weight of two dtypes")
@@ -174,6 +174,13 @@ def in_own_thread(trial: Callable[..., Result]) -> Callable[..., Result]:
 @contextlib.contextmanager
 def watching_saved_tensors() -> Iterator[Callable[[Tensor], bool]]:
     """A context with a function that tells whether autograd has saved the storage of a tensor within the context."""
+    with counting_saved_tensors() as storages:
+        yield lambda tensor: tensor.untyped_storage()._cdata in storages
+
+
+@contextlib.contextmanager
+def counting_saved_tensors() -> Iterator[set[int]]:
+    """A context with the addresses of the storages that autograd has saved within the context."""
     storages: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
@@ -181,7 +188,7 @@ def watching_saved_tensors() -> Iterator[Callable[[Tensor], bool]]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
-        yield lambda tensor: tensor.untyped_storage()._cdata in storages
+        yield storages
 
 
 def result_of(
