@@ -71,7 +71,8 @@ def _if_unwritten(kept: tuple[Tensor, int]) -> Tensor:
 
 def is_widened(input: Tensor) -> bool:
     """Whether a tensor is a float32 copy of a 16-bit tensor, which a block keeps for the gradient in 16 bits."""
-    if input.dtype is not torch.float32 or input.grad_fn is None or torch.compiler.is_compiling():
+    # A compiler cannot trace nodes.
+    if input.dtype is not torch.float32 or torch.compiler.is_compiling() or input.grad_fn is None:
         return False
     return torch.is_grad_enabled() and _is_copy(input)
 
