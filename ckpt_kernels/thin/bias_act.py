@@ -41,14 +41,15 @@ class BiasAct(Plan):
                 plan.announce(ctx, (input, bias, seed), (output,))
         return output
 
-    def backward(self, ctx: Any, saved: Sequence[Tensor | None], grad_output: Tensor) -> tuple | None:
+    def backward(self, ctx: Any, saved: Sequence[Tensor | None], grad_output: Tensor | None) -> tuple | None:
         wanted = ctx.needs_input_grad
         kept, bias, seed = saved
         grad_input = _empty_like(kept) if wanted[0] else None
         grad_bias = _empty_like(bias) if wanted[1] else None
         added = None if self._by_output else bias  # the saved output includes the bias
         if not _backward(grad_output, kept, added, seed, grad_input, grad_bias, None, *self._native):
-            flat = _flat(grad_output, kept, grad_input) if bias is None and seed is None and wanted[0] else None
+            takes_all = grad_output is not None and bias is None and seed is None and wanted[0]
+            flat = _flat(grad_output, kept, grad_input) if takes_all else None
             if flat is None or not _backward(*flat[:2], None, None, flat[2], None, None, *self._native):
                 return None
         return grad_input, grad_bias, None, None

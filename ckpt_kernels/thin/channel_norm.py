@@ -71,7 +71,7 @@ class ChannelNorm(Plan):
                 return output
         return rematerialized(self.options, *tensors)
 
-    def backward(self, ctx: Any, saved: Sequence[Tensor | None], grad_output: Tensor, *_: None) -> tuple | None:
+    def backward(self, ctx: Any, saved: Sequence[Tensor | None], grad_output: Tensor | None, *_: None) -> tuple | None:
         input, _, weight, bias, _, _ = saved
         wanted = ctx.needs_input_grad
         gradients = (
@@ -83,7 +83,8 @@ class ChannelNorm(Plan):
         others = (*saved, *gradients, *self._native_backward, ctx.options.by_output)
         if not _backward(grad_output, *others):
             # The full path copies such gradients too.
-            if grad_output.is_contiguous() or not _backward(grad_output.contiguous(), *others):
+            is_copied = grad_output is not None and not grad_output.is_contiguous()
+            if not is_copied or not _backward(grad_output.contiguous(), *others):
                 return None
         return *gradients, None, None, None
 
