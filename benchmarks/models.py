@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -19,30 +19,42 @@ from ckpt_kernels.cli_arguments import positive
 from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 
-from . import figures, larger, report, start
+from . import figures, full_size, larger, report, start
 from .architectures import Built, outputs_of
 from .measure import now
 
-MODELS: dict[str, Callable[..., Built]] = {
-    "Llama, bfloat16": larger.llama_bfloat16,
-    "ViT": larger.vit,
-    "ResNet": larger.resnet,
-    "UNet": larger.unet,
+
+class Model(NamedTuple):
+    """A function that builds a model with inputs of a batch, and the batch of the timed steps."""
+
+    build: Callable[..., Built]
+    batch: int
+
+
+ON_CPU = {
+    "Llama, bfloat16": Model(larger.llama_bfloat16, 8),
+    "ViT": Model(larger.vit, 8),
+    "ResNet": Model(larger.resnet, 8),
+    "UNet": Model(larger.unet, 8),
 }
-BATCH = 8
+ON_GPU = {
+    "Llama, 8 layers": Model(full_size.llama, 8),
+    "ViT-L/16": Model(full_size.vit, 64),
+    "ResNet-50": Model(full_size.resnet, 128),
+    "UNet": Model(full_size.unet, 8),
+}
 # Peaks of equal computations may differ by the statistics of a norm.
 SLACK = 1.01
 
 
 @dataclass
 class Run:
-    """A model, computed in one way. `again` builds the inputs for another batch."""
+    """A model, computed in one way."""
 
     provider: str
     model: nn.Module
     call: Callable[..., Any]
     inputs: dict[str, Any]
-    again: Callable[[int], dict[str, Any]]
     peaks: dict[int, int] = field(default_factory=dict)
 
     def step(self, inputs: dict[str, Any] | None = None) -> None:
@@ -54,30 +66,37 @@ class Run:
     def peak(self, batch: int, device: str) -> int:
         """The bytes that a step of this batch needs beside the model and the inputs."""
         if batch not in self.peaks:
-            inputs = self.again(batch)
+            inputs = {key: _repeated(value, batch) for key, value in self.inputs.items()}
             self.peaks[batch] = peak_bytes(lambda: self.step(inputs), device)
         return self.peaks[batch]
 
 
-def _to(inputs: dict[str, Any], device: str) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+def _repeated(value: Any, batch: int) -> Any:
+    """The samples of an input, in turn, until there are as many as the batch has. Other arguments stay."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    picked = value[torch.arange(batch, device=value.device) % len(value)]
+    is_channels_last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return picked.to(memory_format=torch.channels_last) if is_channels_last else picked
 
 
-def runs(build: Callable[..., Built], device: str, compiled: bool) -> Iterator[Run]:
+def runs(sized: Model, device: str, compiled: bool) -> Iterator[Run]:
     """Eager, ours at each level, the model's own checkpointing if available, and torch.compile."""
 
-    def run(provider: str, change: Callable[[nn.Module], Any]) -> Run:
+    def build(batch: int) -> Built:
         torch.manual_seed(0)
-        model, inputs = build(batch=BATCH)
-        model = model.to(device).train()
-        call = change(model)
-        again = lambda batch: _to(build(batch=batch)[1], device)  # noqa: E731
-        return Run(provider, model, call if callable(call) else model, _to(inputs, device), again)
+        with torch.device(device):
+            return sized.build(batch=batch)
+
+    def run(provider: str, change: Callable[[nn.Module], Any]) -> Run:
+        model, inputs = build(sized.batch)
+        call = change(model.train())
+        return Run(provider, model, call if callable(call) else model, inputs)
 
     yield run("eager", lambda model: None)
     for level in OF_MODELS:
         yield run(f"ours, {level}", lambda model, level=level: (ckpt_kernels.convert(model, recompute=level), None)[1])
-    probe = build(batch=1)[0]
+    probe = build(1)[0]
     # transformers and diffusers name the switch differently.
     for supports, enable in (
         ("supports_gradient_checkpointing", "gradient_checkpointing_enable"),
@@ -89,22 +108,21 @@ def runs(build: Callable[..., Built], device: str, compiled: bool) -> Iterator[R
         yield run("torch.compile", lambda model: torch.compile(model, dynamic=False))
 
 
-def largest_batch(run: Run, budget: int, device: str) -> int:
-    """The largest batch whose step needs at most `budget` bytes, found by running steps."""
-    low, high = 0, None
-    batch = BATCH
+def largest_batch(run: Run, batch: int, budget: int, device: str) -> int:
+    """The largest batch whose step needs at most `budget` bytes, found by running steps, first of `batch`."""
+    low, high, first = 0, None, batch
     while high is None or high - low > 1:
         needed = run.peak(batch, device)
         low, high = (batch, high) if needed <= budget else (low, batch)
         # The need of a step is nearly linear in the batch: the next guess is the batch that would meet the budget.
         guess = int(batch * budget / needed)
-        batch = min(max(guess, low + 1), high - 1 if high else 8 * batch)
+        batch = min(max(guess, low + 1), high - 1 if high else 8 * first)
     return low
 
 
-def measure(build: Callable[..., Built], device: str, rounds: int, compiled: bool) -> list[dict[str, Any]]:
+def measure(sized: Model, device: str, rounds: int, compiled: bool) -> list[dict[str, Any]]:
     """The kept bytes, the peak and the median time (taken in turn) of each way of computing."""
-    everyone = list(runs(build, device, compiled))
+    everyone = list(runs(sized, device, compiled))
     seconds: dict[str, list[float]] = {run.provider: [] for run in everyone}
     for round in range(rounds + 2):
         for run in everyone[round % len(everyone) :] + everyone[: round % len(everyone)]:
@@ -112,9 +130,11 @@ def measure(build: Callable[..., Built], device: str, rounds: int, compiled: boo
             run.step()
             if round >= 2:
                 seconds[run.provider].append(now(device) - start)
-    budget = int(SLACK * everyone[0].peak(BATCH, device))
+    budget = int(SLACK * everyone[0].peak(sized.batch, device))
     found = []
     for run in everyone:
+        # torch would compile the model again for every batch.
+        is_searched = run.provider != "torch.compile"
         found.append(
             {
                 "provider": run.provider,
@@ -122,22 +142,23 @@ def measure(build: Callable[..., Built], device: str, rounds: int, compiled: boo
                 "times_eager": statistics.median(seconds[run.provider]) / statistics.median(seconds["eager"]),
                 "spread": report.spread(seconds[run.provider]),
                 "saved_bytes": saved_bytes(outputs_of, run.call, run.inputs, parameters_of=run.model),
-                "peak_bytes": run.peak(BATCH, device),
+                "peak_bytes": run.peak(sized.batch, device),
                 "budget_bytes": budget,
-                # torch would compile the model again for every batch.
-                "largest_batch": None if run.provider == "torch.compile" else largest_batch(run, budget, device),
+                "batch": sized.batch,
+                "largest_batch": largest_batch(run, sized.batch, budget, device) if is_searched else None,
             }
         )
     return found
 
 
-COLUMNS = ["model", "provider", "step ms", "x eager", "kept MiB", "x eager's", "peak MiB", "largest batch"]
+COLUMNS = ["model", "batch", "provider", "step ms", "x eager", "kept MiB", "x eager's", "peak MiB", "largest batch"]
 
 
 def row(result: dict[str, Any], eager: dict[str, Any]) -> list[str]:
     """One provider's figures, formatted for a table."""
     return [
         result["model"],
+        str(result["batch"]),
         result["provider"],
         f"{result['step_ms']:.0f}",
         f"{result['times_eager']:.2f}",
@@ -200,26 +221,27 @@ def main() -> int:
     parser.add_argument("--case", default="", help="only models whose name contains this")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes a model")
     options = parser.parse_args()
-    names = start.named(parser, options.case, list(MODELS))
+    models = ON_GPU if torch.cuda.is_available() else ON_CPU
+    names = start.named(parser, options.case, list(models))
     device, about, console = start.start("benchmarks.models", options)
     warnings.filterwarnings("ignore", module=r"diffusers\.|transformers\.")
-    chosen = {name: MODELS[name] for name in names}
+    chosen = {name: models[name] for name in names}
     results: list[dict[str, Any]] = []
     rows = []
     with start.progress(console) as progress:
         task = progress.add_task("measuring", total=len(chosen))
-        for name, build in chosen.items():
+        for name, sized in chosen.items():
             progress.update(task, description=f"{name:<30}")
             torch._dynamo.reset()
-            found = [{"model": name} | result for result in measure(build, device, options.rounds, options.compile)]
+            found = [{"model": name} | result for result in measure(sized, device, options.rounds, options.compile)]
             rows += [row(result, found[0]) for result in found]
             results += found
             progress.advance(task)
-    table = Table(*COLUMNS, title=f"A step, forward and backward, batch {BATCH}", title_justify="left")
+    table = Table(*COLUMNS, title="A step, forward and backward", title_justify="left")
     for cells in rows:
-        if cells[1] == "eager":
+        if cells[2] == "eager":
             table.add_section()
-        table.add_row(*cells, style="bold" if cells[1].startswith("ours") else "")
+        table.add_row(*cells, style="bold" if cells[2].startswith("ours") else "")
     console.print(table)
     for line in report.noise([result["spread"] for result in results]):
         console.print(line, style="bold red")

@@ -395,7 +395,8 @@ def test_a_captured_step_replays() -> None:
         captured = step(model, inputs)
     graph.replay()
     torch.cuda.synchronize()
-    assert equal(captured, step(model, inputs))
+    # cuBLAS may choose another algorithm for another stream, which rounds differently.
+    assert close(captured, step(model, inputs), 2 * torch.finfo(torch.bfloat16).eps)
 
 
 class Counting(nn.Module):

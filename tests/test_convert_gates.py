@@ -143,7 +143,7 @@ def changed_limit(model: nn.Module) -> None:
 
 
 def changed_type(model: nn.Module) -> None:
-    model.limit = torch.tensor(0.5)
+    model.limit = torch.tensor(0.5, device=DEVICE)
 
 
 def changed_child(model: nn.Module) -> None:

@@ -162,7 +162,8 @@ def test_adapters_before_and_after_convert_are_the_same(level: str, p: float) ->
     # Eager torch keeps the mask and the output of a dropout.
     bound = 0.95 if level == "block" else 0.75
     assert all(kept < bound * kept_eager for (kept, _), (kept_eager, _) in zip(before, eager, strict=True) if p)
-    assert before[3][0] < 0.8 * eager[3][0]
+    # On CUDA torch's RMSNorm keeps no intermediates.
+    assert before[3][0] < (0.8 if DEVICE == "cpu" else 0.85) * eager[3][0]
 
 
 def test_a_submodule_called_alone_discards_outputs() -> None:

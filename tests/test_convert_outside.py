@@ -297,7 +297,7 @@ def test_a_context_stays_open_after_a_transform() -> None:
 
 
 def test_transforms_reject_users_hooks() -> None:
-    converted = Transforms(TRANSFORMS["grad"])
+    converted = Transforms(TRANSFORMS["grad"]).to(DEVICE)
     ckpt_kernels.convert(converted)
     with torch.autograd.graph.save_on_cpu(), pytest.raises(RuntimeError, match="saved tensor hooks"):
         converted(rows())

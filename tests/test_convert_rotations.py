@@ -193,9 +193,10 @@ def test_rotary_functions_are_fused(name: str, level: str, monkeypatch: pytest.M
     assert rotary_entry(ckpt_kernels.convert(twin, recompute=level)) == "rotary"
     given = operands(columns)
     assert_same(model, twin, given)
-    # Only the norm's input of each head is kept, and the negated table of a rotation in the other direction.
+    # Only the norm's input of each head is kept, and the negated table of a rotation in the other direction. On CUDA
+    # torch's RMSNorm keeps no more.
     given[0].requires_grad_()
-    fewer = 2 * (HEADS + KEYS) * given[0][..., :COLUMNS].nbytes
+    fewer = 2 * (HEADS + KEYS) * given[0][..., :COLUMNS].nbytes if DEVICE == "cpu" else 0
     assert saved_bytes(twin, *given) <= saved_bytes(model, *given) - fewer + given[2].nbytes * (name == "turned back")
 
 

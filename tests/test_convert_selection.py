@@ -98,7 +98,7 @@ def test_members_of_a_list_that_are_single_modules_are_no_layers() -> None:
 
 def test_a_level_keeps_the_same_tensors_as_by_name() -> None:
     def kept_at(recompute: Any) -> int:
-        model = mlps()
+        model = mlps().to(DEVICE)
         ckpt_kernels.convert(model, recompute=recompute)
         return kept(model, random_tensor(4, WIDTH))
 

@@ -148,8 +148,10 @@ def test_returned_gradients_may_be_written_to() -> None:
 def test_a_failed_loss_leaves_logits_uncomputed() -> None:
     _, ours, x, target = pair()
     logits = ours(x, target)
-    with pytest.raises(IndexError):
-        functional.cross_entropy(logits, target + CLASSES)
+    # On CUDA a class out of range ends the process.
+    if DEVICE == "cpu":
+        with pytest.raises(IndexError):
+            functional.cross_entropy(logits, target + CLASSES)
     logits.retain_grad()
     with pytest.raises(ValueError, match="is not a valid value for reduction"):
         functional.cross_entropy(logits, target, reduction="all")

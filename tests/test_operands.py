@@ -4,18 +4,20 @@ The arguments of a call have passed the checks in Python. But users' hooks may u
 and the dtype and the memory of a parameter may change while the graph keeps the parameter.
 """
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ckpt_kernels.nn as ours
-from ckpt_kernels import functional, thin
+from ckpt_kernels import functional, thin, use_backend
 from ckpt_kernels.backends import native
 from ckpt_kernels.thin import direct
 
-from .conftest import DEVICE
+from .conftest import DEVICE, unserved
 
 pytestmark = pytest.mark.skipif(
     native.why_not(DEVICE, torch.float32) is not None, reason="the native backend is not here"
@@ -265,6 +267,7 @@ def test_each_tensor_is_checked(name: str, argument: str) -> None:
             assert by_plan(*_arguments(name, operands | {argument: tensor})) is False
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="some ops are the CPU's alone")
 def test_every_native_op_is_tested() -> None:
     declared = {schema.partition("(")[0] for schema in native._SCHEMAS}
     assert {op for op, _ in CALLS.values()} == declared - {"cpu_isa"}
@@ -302,15 +305,20 @@ BLOCKS = {
 }
 
 
+def _native() -> AbstractContextManager[None]:
+    """On CUDA the native backend, because Triton's kernels read any dtype."""
+    return contextlib.nullcontext() if DEVICE == "cpu" else use_backend("native")
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_hooks_that_unpack_another_dtype(name: str, dtype: torch.dtype) -> None:
     """The first pass takes the full path, the second a plan."""
     x = matrix().requires_grad_()
     for _ in range(2):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t.to(dtype)):
+        with _native(), torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t.to(dtype)):
             y = BLOCKS[name](x)
-        with pytest.raises(RuntimeError, match="has dtype"):
+        with _native(), pytest.raises(RuntimeError, match="has dtype"):
             torch.autograd.grad(y, x, torch.ones_like(y))
 
 
@@ -347,8 +355,16 @@ def test_a_module_may_change_its_dtype_before_the_backward_pass(name: str, wide_
         theirs.zero_grad()
 
 
-def test_freed_memory_is_an_error() -> None:
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_freed_memory_is_an_error(backend: str) -> None:
     """As in torch, before and between the passes; a weight without memory is not treated as None."""
+    if unserved(backend, torch.float32):
+        pytest.skip(f"{backend} is not here")
+    with use_backend(backend):
+        _freed_memory_is_an_error()
+
+
+def _freed_memory_is_an_error() -> None:
     x, weight, bias = matrix(), many(COLUMNS), many(COLUMNS)
     for name in ("weight", "bias", "input"):
         for free in (_freed, lambda t: t.clone()):

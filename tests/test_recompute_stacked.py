@@ -70,7 +70,11 @@ def test_gathered_copies_are_not_kept(gather: str, around: Callable[[Experts], C
     model, x = made(gather)
     assert kept_copies(model, model, x) == 2
     assert kept_copies(around(model), model, x) == 0
-    assert_same_bits(gradients(around(model), model, x), gradients(model, model, x))
+    found, expected = gradients(around(model), model, x), gradients(model, model, x)
+    if DEVICE == "cpu":
+        assert_same_bits(found, expected)
+    # On CUDA torch adds up the gradients of gathered rows in no fixed order.
+    torch.testing.assert_close(found, expected)
 
 
 def test_converted_model_gathers_again_in_two_backward_passes() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ckpt_kernels import functional as F
 from ckpt_kernels import use_backend
+from ckpt_kernels.backends.triton import launch
 
 from .conftest import DEVICE, unserved
 
@@ -79,3 +80,12 @@ def test_heads_that_fill_their_tiles_in_bfloat16(norm: dict[str, Any]) -> None:
 
 def test_longer_heads_than_a_program_holds() -> None:
     check((2, 16386), (2, 16386), layout="interleaved", **RMS)
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_every_tile_has_numbers_of_rows_and_warps_that_triton_takes(sums: bool) -> None:
+    """Powers of two. The interpreter takes others."""
+    for rotated in range(2, 300, 2):
+        for passing in range(0, 300, 3):
+            tile = launch.heads_tile(rotated, passing, sums)
+            assert all(number.bit_count() == 1 for number in (tile.rows, tile.block, tile.warps)), (rotated, passing)

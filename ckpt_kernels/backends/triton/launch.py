@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 
 # The longest row that a forward program holds in registers, and the longest that a backward program holds together with
 # sums of the gradients of weight and bias; without these sums, a backward program holds twice as much.
@@ -56,7 +57,8 @@ def _next_power_of_two(n: int) -> int:
 
 
 def _warps(elements: int) -> int:
-    return min(max(elements // 512, 4), 32)
+    """A power of two, as Triton requires."""
+    return 1 << min(max(elements // 512, 4), 32).bit_length() - 1
 
 
 @functools.cache
@@ -231,6 +233,29 @@ class Launch(NamedTuple):
     programs: int
 
 
+# The types of other arguments of kernels.
+_WITHOUT_TENSORS = {bool, int, float, str, type(None), tl.constexpr}
+
+
+def _check_memory(names: Sequence[str], arguments: Sequence[object]) -> None:
+    """Raise for tensors without memory, such as parameters that FSDP has sharded again, as torch does.
+
+    A kernel would access an invalid address, after which no other kernel can run in the process.
+    """
+    for name, argument in zip(names, arguments, strict=True):
+        kind = type(argument)
+        if kind in _WITHOUT_TENSORS:
+            continue
+        if kind is Rows or kind is Matrix:
+            argument = argument.data
+        if isinstance(argument, torch.Tensor):
+            # The address of a storage without memory is 0.
+            if argument.data_ptr() == argument.storage_offset() * argument.itemsize and argument.numel():
+                raise RuntimeError(f"{name} has elements, but its data is not allocated yet")
+        elif isinstance(argument, tuple):
+            _check_memory(getattr(argument, "_fields", argument), argument)
+
+
 # The active recordings, innermost last.
 _recordings: list[list[Launch]] = []
 
@@ -255,6 +280,7 @@ def launch(kernel: triton.JITFunction, programs: int, tile: Tile, device: torch.
         if _recordings:
             _recordings[-1].append(Launch(kernel, tile, arguments, programs))
         return
+    _check_memory(kernel.arg_names, arguments)
     # Triton launches on torch's current device, which may differ from the tensors' device.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*arguments, **tile.options)
