@@ -71,7 +71,7 @@ def test_wide_accesses_of_heads_are_aligned(strides: tuple[int, ...]) -> None:
                 torch.testing.assert_close(a, b)
 
 
-# Teams of eight threads, of several warps, and of a whole block of threads, with columns for all of a team or for a part.
+# Teams of eight threads, of several warps, and of a whole block of threads, with columns for all or a part of a team.
 # More rows than a launch on the host has blocks.
 HELD = [(23, 8), (37, 136), (70, 520), (19, 1032), (5, 4096), (3, 8184), (3, 8200), (3, 16384)]
 

@@ -28,7 +28,7 @@ class HeldTeam {
 
   __device__ __forceinline__ explicit HeldTeam(int team_threads)
       : threads(team_threads),
-        rank(threadIdx.x % team_threads),
+        rank(threadIdx.x & (team_threads - 1)),
         index(threadIdx.x / team_threads),
         count(blockDim.x / team_threads) {}
 
@@ -46,7 +46,7 @@ class HeldTeam {
     if (lane == 0)
       for (int k = 0; k < K; ++k) partial[turn_][k][threadIdx.x / warp_threads] = x[k];
     __syncthreads();
-    for (int k = 0; k < K; ++k) x[k] = partial[turn_][k][index * warps + lane % warps];
+    for (int k = 0; k < K; ++k) x[k] = partial[turn_][k][index * warps + (lane & (warps - 1))];
     turn_ ^= 1;
     add_lanes(x, warps);
   }

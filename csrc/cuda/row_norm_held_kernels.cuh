@@ -147,26 +147,30 @@ __device__ __forceinline__ void store_gradients(const RowNormBackward& a, const 
   store<pack_size>(row_of<T>(a.grad_input, row) + j, du);
 }
 
+// Numbers of each thread in shared memory: four at a time, of which neighbours are those of neighbouring threads.
+using ThreadNumbers = Pack<float, chunk>[most_backward_team];
+
 // Stores sums over the teams of a CUDA block, in their order, as a row of partial sums.
 template <int packs>
-__device__ __forceinline__ void store_team_sums(const HeldTeam& team, float* v, float* row, int columns) {
-  constexpr int held = packs * pack_size;
-  __shared__ float all[held][block_threads];
+__device__ __forceinline__ void store_team_sums(const HeldTeam& team, ThreadNumbers* shared, float* v, float* row,
+                                                int columns) {
   if (team.count > 1) {
     __syncthreads();
-    for (int i = 0; i < held; ++i) all[i][threadIdx.x] = v[i];
+    for (int k = 0; k < packs * pack_size; k += chunk) shared[k / chunk][threadIdx.x] = packed<float, chunk>(v + k);
     __syncthreads();
     if (team.index > 0) return;
     for (int other = 1; other < team.count; ++other)
-      for (int i = 0; i < held; ++i) v[i] += all[i][other * team.threads + threadIdx.x];
+      for (int i = 0; i < packs * pack_size; ++i)
+        v[i] += shared[i / chunk][other * team.threads + threadIdx.x].value[i % chunk];
   }
   for (int k = 0; k < packs; ++k)
     if (team.column(k) < columns) store<pack_size>(row + team.column(k), v + k * pack_size);
 }
 
 // The CUDA block of a task processes the rows of the task, its teams in turns. `group_tasks` tasks share the rows of a
-// group. With SUMS it also stores the task's partial sums of the gradients of weight and bias, (tasks, columns), and
-// requests a row of 16-bit elements while it processes the row before.
+// group. With SUMS it also stores the task's partial sums of the gradients of weight and bias, (tasks, columns),
+// requests a row of 16-bit elements while it processes the row before, and keeps the weight in shared memory, so that
+// no load waits behind the requests.
 template <class T, bool SUMS>
 __global__ void __launch_bounds__(most_backward_team)
     row_norm_held_backward_kernel(RowNormBackward a, int team_threads, int group_tasks, int task_rows,
@@ -180,6 +184,13 @@ __global__ void __launch_bounds__(most_backward_team)
             end = begin + task_rows < group_end ? begin + task_rows : group_end;
   const float *weight = coefficients_of(a, a.weight, begin), *bias = coefficients_of(a, a.bias, begin);
   float dw[held] = {}, db[held] = {};
+  __shared__ ThreadNumbers shared[SUMS ? held / chunk : 1];
+  if (SUMS)
+    for (int k = 0; k < held; k += chunk) {
+      float w[chunk];
+      load_coefficients<chunk>(weight, team.column(k / pack_size) + k % pack_size, int(a.columns), 1, w);
+      shared[k / chunk][threadIdx.x] = packed<float, chunk>(w);
+    }
   HeldGradient<T, packs> next;
   if (ahead) next.request(a, team, begin + team.index, begin + team.index < end ? int(a.columns) : 0);
   // All teams take the same number of turns, because sums contain barriers.
@@ -193,7 +204,10 @@ __global__ void __launch_bounds__(most_backward_team)
     for (int k = 0; k < held; k += chunk) {
       const int j = team.column(k / pack_size) + k % pack_size;
       float w[chunk], x_hat[chunk], *g = h + k;
-      load_coefficients<chunk>(weight, j, columns, 1, w);
+      if (SUMS)
+        unpack(shared[k / chunk][threadIdx.x], w);
+      else
+        load_coefficients<chunk>(weight, j, columns, 1, w);
       now.template normalize<chunk>(k, j < columns, x_hat);
       now.grad_output.template unpack<chunk>(k, g);
       if (a.cast_before_weight) round_values<T, chunk>(x_hat);
@@ -236,8 +250,8 @@ __global__ void __launch_bounds__(most_backward_team)
     }
   }
   if (!SUMS) return;
-  if (weight_sums) store_team_sums<packs>(team, dw, weight_sums + blockIdx.x * a.columns, int(a.columns));
-  if (bias_sums) store_team_sums<packs>(team, db, bias_sums + blockIdx.x * a.columns, int(a.columns));
+  if (weight_sums) store_team_sums<packs>(team, shared, dw, weight_sums + blockIdx.x * a.columns, int(a.columns));
+  if (bias_sums) store_team_sums<packs>(team, shared, db, bias_sums + blockIdx.x * a.columns, int(a.columns));
 }
 
 }  // namespace ckpt
