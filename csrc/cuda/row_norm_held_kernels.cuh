@@ -8,9 +8,14 @@
 
 namespace ckpt {
 
-// The packs of a thread, limited by registers: in the backward pass a thread also holds the output's gradient and, with
-// SUMS, sums over the rows.
-constexpr int chunk = 4, forward_packs = 2, most_backward_team = 512;
+// The packs of a thread, and the most threads of a team, limited by registers: in the backward pass a thread also holds
+// the output's gradient and, with SUMS, sums over the rows. The more packs, the fewer instructions an element for sums
+// over the team and for addresses. `chunk` elements are computed at once.
+constexpr int chunk = 4, most_backward_team = 512;
+template <class T>
+constexpr int forward_packs = sizeof(T) == 4 ? 2 : 4;
+template <class T>
+constexpr int most_forward_team = sizeof(T) == 4 ? 1024 : 512;
 template <class T, bool SUMS>
 constexpr int backward_packs = SUMS || sizeof(T) == 4 ? 2 : 4;
 
@@ -48,6 +53,14 @@ __device__ __forceinline__ void add_residual(const RowNormForward& a, const Word
   unpack(stored, u);
 }
 
+// The sum of term(u) over this thread's part of a row, in `chunk` sums that do not wait for one another.
+template <int packs, class Term>
+__device__ __forceinline__ float sum_of(const float* u, Term term) {
+  float sums[chunk] = {};
+  for (int i = 0; i < packs * pack_size; ++i) sums[i % chunk] += term(u[i]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // Subtracts the mean from u, this thread's part of the row. Returns 1 / standard deviation. In two passes over u,
 // unless the statistics are given.
 template <int packs>
@@ -58,8 +71,7 @@ __device__ __forceinline__ float center(const RowNormForward& a, HeldTeam& team,
   if (a.given_statistics) {
     if (means && columns > 0) mean = means[row];
   } else if (a.centered) {
-    float total[1] = {0};
-    for (int i = 0; i < packs * pack_size; ++i) total[0] += u[i];
+    float total[1] = {sum_of<packs>(u, [](float x) { return x; })};
     team.sum(total);
     mean = total[0] / float(a.columns);
     if (writes) means[row] = mean;
@@ -67,8 +79,7 @@ __device__ __forceinline__ float center(const RowNormForward& a, HeldTeam& team,
   for (int k = 0; k < packs; ++k)
     standardize<pack_size>(u + k * pack_size, mean, 1, team.column(k) < columns, u + k * pack_size);
   if (a.given_statistics) return columns > 0 ? rstds[row] : 0;
-  float squares[1] = {0};
-  for (int i = 0; i < packs * pack_size; ++i) squares[0] += u[i] * u[i];
+  float squares[1] = {sum_of<packs>(u, [](float x) { return x * x; })};
   team.sum(squares);
   const float rstd = 1 / sqrtf(squares[0] / float(a.columns) + float(a.eps));
   if (writes) rstds[row] = rstd;
@@ -76,8 +87,9 @@ __device__ __forceinline__ float center(const RowNormForward& a, HeldTeam& team,
 }
 
 template <class T>
-__global__ void __launch_bounds__(most_team) row_norm_held_forward_kernel(RowNormForward a, int team_threads) {
-  constexpr int packs = forward_packs, held = packs * pack_size;
+__global__ void __launch_bounds__(most_forward_team<T>)
+    row_norm_held_forward_kernel(RowNormForward a, int team_threads) {
+  constexpr int packs = forward_packs<T>, held = packs * pack_size;
   HeldTeam team(team_threads);
   // All teams of a CUDA block take the same number of turns, because sums contain barriers.
   for (int64_t first = int64_t(blockIdx.x) * team.count; first < a.rows; first += int64_t(gridDim.x) * team.count) {

@@ -20,7 +20,7 @@ inline bool is_held(const RowNorm& a, int packs, int most) {
 
 template <class T, class Launch>
 void launch_held_forward(const RowNormForward& a, const Launch& launch) {
-  const int team = team_for(a.columns, forward_packs), threads = block_for(team);
+  const int team = team_for(a.columns, forward_packs<T>), threads = block_for(team);
   const int64_t blocks = divide_up(a.rows, threads / team);
   launch(row_norm_held_forward_kernel<T>, Grid(blocks < most_blocks ? blocks : most_blocks, threads), a, team);
 }
@@ -49,7 +49,7 @@ template <class T, class Launch>
 void launch_forward(const RowNormForward& a, const Launch& launch) {
   if (!is_vectorizable<T>(a) || !is_vectorizable<T>(a.output) || !is_vectorizable<T>(a.residual_out))
     launch_forward<T, 1>(a, launch);
-  else if (is_held(a, forward_packs, most_team))
+  else if (is_held(a, forward_packs<T>, most_forward_team<T>))
     launch_held_forward<T>(a, launch);
   else
     launch_forward<T, 16 / sizeof(T)>(a, launch);
