@@ -57,6 +57,7 @@ __device__ __forceinline__ void add_residual(const RowNormForward& a, const Word
 template <int packs, class Term>
 __device__ __forceinline__ float sum_of(const float* u, Term term) {
   float sums[chunk] = {};
+#pragma unroll
   for (int i = 0; i < packs * pack_size; ++i) sums[i % chunk] += term(u[i]);
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
@@ -76,6 +77,7 @@ __device__ __forceinline__ float center(const RowNormForward& a, HeldTeam& team,
     mean = total[0] / float(a.columns);
     if (writes) means[row] = mean;
   }
+#pragma unroll
   for (int k = 0; k < packs; ++k)
     standardize<pack_size>(u + k * pack_size, mean, 1, team.column(k) < columns, u + k * pack_size);
   if (a.given_statistics) return columns > 0 ? rstds[row] : 0;
@@ -98,6 +100,7 @@ __global__ void __launch_bounds__(most_forward_team<T>)
     input.request(team, row_of<const T>(a.input, row), columns);
     if (a.residual) residual.request(team, row_of<const T>(a.residual, row), columns);
     float u[held];
+#pragma unroll
     for (int k = 0; k < packs; ++k) {
       unpack(input.pack[k], u + k * pack_size);
       if (a.residual) add_residual(a, residual.pack[k], row, team.column(k), columns, u + k * pack_size);
@@ -115,6 +118,7 @@ __global__ void __launch_bounds__(most_forward_team<T>)
       for (int i = 0; i < chunk; ++i) y[i] = y[i] * w[i] + b[i];
       activate<chunk>(a.activation, y);
     }
+#pragma unroll
     for (int k = 0; k < packs; ++k)
       if (team.column(k) < columns) store<pack_size>(row_of<T>(a.output, row) + team.column(k), u + k * pack_size);
   }
@@ -168,13 +172,16 @@ __device__ __forceinline__ void store_team_sums(const HeldTeam& team, ThreadNumb
                                                 int columns) {
   if (team.count > 1) {
     __syncthreads();
+#pragma unroll
     for (int k = 0; k < packs * pack_size; k += chunk) shared[k / chunk][threadIdx.x] = packed<float, chunk>(v + k);
     __syncthreads();
     if (team.index > 0) return;
     for (int other = 1; other < team.count; ++other)
+#pragma unroll
       for (int i = 0; i < packs * pack_size; ++i)
         v[i] += shared[i / chunk][other * team.threads + threadIdx.x].value[i % chunk];
   }
+#pragma unroll
   for (int k = 0; k < packs; ++k)
     if (team.column(k) < columns) store<pack_size>(row + team.column(k), v + k * pack_size);
 }
@@ -198,6 +205,7 @@ __global__ void __launch_bounds__(most_backward_team)
   float dw[held] = {}, db[held] = {};
   __shared__ ThreadNumbers shared[SUMS ? held / chunk : 1];
   if (SUMS)
+#pragma unroll
     for (int k = 0; k < held; k += chunk) {
       float w[chunk];
       load_coefficients<chunk>(weight, team.column(k / pack_size) + k % pack_size, int(a.columns), 1, w);
