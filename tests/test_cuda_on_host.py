@@ -69,3 +69,29 @@ def test_wide_accesses_of_heads_are_aligned(strides: tuple[int, ...]) -> None:
         for given in ((x, grad_output.contiguous()), (x.contiguous(), grad_output)):
             for a, b in zip(run(*given), run(x.contiguous(), grad_output.contiguous()), strict=True):
                 torch.testing.assert_close(a, b)
+
+
+# Teams of eight threads, of several warps, and of a whole block of threads, with columns for all or a part of a team.
+# More rows than a launch on the host has blocks.
+HELD = [(23, 8), (37, 136), (70, 520), (19, 1032), (5, 4096), (3, 8184), (3, 8200), (3, 16384)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), HELD)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_rows_held_in_registers(rows: int, columns: int, frozen: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, residual, g = (torch.randn(rows, columns, generator=generator) for _ in "xrg")
+    given = [(x + 3).to(dtype), residual.to(dtype), x[0].clone(), residual[0].clone()]
+
+    def run(backend: str) -> tuple[Tensor, ...]:
+        tensors = [t.detach().requires_grad_(not frozen or t.dim() == 2) for t in given]
+        with serving(backend):
+            outputs = functional.add_layer_norm(*tensors[:2], columns, *tensors[2:], activation="silu")
+            incoming = [g.to(dtype), g.flip(0).to(dtype)]
+            wanted = [t for t in tensors if t.requires_grad]
+            return *(t.detach() for t in outputs), *torch.autograd.grad(outputs, wanted, incoming)
+
+    tolerance = 16 * torch.finfo(dtype).eps  # a row of eight columns may have a small variance
+    for a, b in zip(run("cuda_on_host"), run("reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))

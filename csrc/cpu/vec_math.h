@@ -110,6 +110,11 @@ CKPT_INLINE Vec<float, rough> bounded(Vec<float, rough> x) {
 }
 CKPT_INLINE Vec<double> bounded(Vec<double> x) { return select(x > Vec<double>(1e308), Vec<double>(1e308), x); }
 
+template <class S, bool rough>
+CKPT_INLINE Vec<S, rough> quotient(Vec<S, rough> a, Vec<S, rough> b) {
+  return a / b;
+}
+
 // log(1 + x) for 0 <= x <= 1.
 CKPT_INLINE Vec<float> log1p_unit(Vec<float> x) {
   Raw<float>::type s = x.v / (2.0f + x.v);

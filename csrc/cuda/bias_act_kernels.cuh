@@ -102,8 +102,7 @@ void launch_bias_act(const BiasActBackward& a, float* grad_bias, float* sums, co
   const PartialSums shares(a.rows, a.rows);
   const int64_t strips = divide_up(a.columns, block_threads * VEC);
   launch(bias_act_backward_sums_kernel<T, VEC>, shares.group_tasks * strips, a, shares.task_rows, strips, sums);
-  launch(sum_partials_kernel, divide_up(a.columns, block_threads), (const float*)sums, shares.group_tasks, a.columns,
-         a.columns, grad_bias);
+  add_up(shares, a.columns, {sums, grad_bias}, {}, launch);
 }
 
 template <class T>

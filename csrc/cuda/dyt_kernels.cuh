@@ -98,13 +98,7 @@ void launch_dyt(const DytBackward& a, const DytSums& gradients, const DytSums& s
   const int64_t strips = divide_up(a.columns, block_threads * VEC), blocks = shares.group_tasks * strips;
   launch(dyt_backward_kernel<T, VEC>, blocks, a, shares.task_rows, strips, sums);
   if (gradients.alpha) launch(sum_kernel, 1, (const float*)sums.alpha, blocks, gradients.alpha);
-  auto add_up = [&](const float* partial, float* gradient) {
-    if (gradient)
-      launch(sum_partials_kernel, divide_up(a.columns, block_threads), partial, shares.group_tasks, a.columns,
-             a.columns, gradient);
-  };
-  add_up(sums.weight, gradients.weight);
-  add_up(sums.bias, gradients.bias);
+  add_up(shares, a.columns, {sums.weight, gradients.weight}, {sums.bias, gradients.bias}, launch);
 }
 
 template <class T>

@@ -2,10 +2,10 @@
 // rows.
 //
 // T is the storage type. A thread reads and writes VEC elements at a time: 16 bytes if alignment allows, otherwise one
-// element. The activation is a run-time switch without divergence, which is free in a memory-bound kernel; a kernel for
-// each activation would multiply the compile time. `launch(kernel, blocks, arguments...)` launches a kernel: CUDA's own
-// launch in the library (launcher.cuh), a loop over blocks in the tests, which compile these files with the host
-// compiler and tests/host/cuda_on_host.h.
+// element. The activation is a run-time switch without divergence; a kernel for each activation would multiply the
+// compile time. `launch(kernel, grid, arguments...)` launches a kernel: CUDA's own launch in the library
+// (launcher.cuh), a loop over blocks in the tests, which compile these files with the host compiler and
+// tests/host/cuda_on_host.h.
 //
 // "Block" in `blocks` and `block_threads` is CUDA's: a block of threads.
 #pragma once
@@ -39,25 +39,50 @@ struct alignas(sizeof(T) * VEC < 16 ? sizeof(T) * VEC : 16) Pack {
 };
 
 template <int VEC, class T>
-__device__ __forceinline__ void load(const T* p, float* v) {
+__device__ __forceinline__ Pack<T, VEC> load_pack(const T* p) {
   using Packed = Pack<T, VEC>;
   CKPT_CHECK_ALIGNMENT(Packed, p);
-  const Packed pack = *reinterpret_cast<const Packed*>(p);
-  for (int i = 0; i < VEC; ++i) v[i] = to_float(pack.value[i]);
+  return *reinterpret_cast<const Packed*>(p);
+}
+
+// Values of 16 bits are converted in pairs, which share a register.
+template <class T, int VEC>
+__device__ __forceinline__ void unpack(const Pack<T, VEC>& pack, float* v) {
+#pragma unroll
+  for (int i = 0; i + 1 < VEC; i += 2) to_floats(pack.value + i, v + i);
+  if (VEC == 1) v[0] = to_float(pack.value[0]);
+}
+
+template <class T, int VEC>
+__device__ __forceinline__ Pack<T, VEC> packed(const float* v) {
+  Pack<T, VEC> pack;
+#pragma unroll
+  for (int i = 0; i + 1 < VEC; i += 2) from_floats(v + i, pack.value + i);
+  if (VEC == 1) from_float(v[0], &pack.value[0]);
+  return pack;
+}
+
+template <class T, int VEC>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, VEC>& pack) {
+  using Packed = Pack<T, VEC>;
+  CKPT_CHECK_ALIGNMENT(Packed, p);
+  *reinterpret_cast<Packed*>(p) = pack;
+}
+
+template <int VEC, class T>
+__device__ __forceinline__ void load(const T* p, float* v) {
+  unpack(load_pack<VEC>(p), v);
 }
 
 template <int VEC, class T>
 __device__ __forceinline__ void store(T* p, const float* v) {
-  using Packed = Pack<T, VEC>;
-  CKPT_CHECK_ALIGNMENT(Packed, p);
-  Packed pack;
-  for (int i = 0; i < VEC; ++i) from_float(v[i], &pack.value[i]);
-  *reinterpret_cast<Packed*>(p) = pack;
+  store_pack(p, packed<T, VEC>(v));
 }
 
 template <int VEC>
 __device__ __forceinline__ void activate(int activation, float* v) {
   visit_activation(activation, [v](auto function) {
+#pragma unroll
     for (int i = 0; i < VEC; ++i) v[i] = function.value(v[i]);
   });
 }
@@ -65,6 +90,7 @@ __device__ __forceinline__ void activate(int activation, float* v) {
 template <int VEC>
 __device__ __forceinline__ void differentiate(int activation, float* v) {
   visit_activation(activation, [v](auto function) {
+#pragma unroll
     for (int i = 0; i < VEC; ++i) v[i] = function.derivative(v[i]);
   });
 }
@@ -82,16 +108,42 @@ __device__ __forceinline__ void dropout_factors(const Dropout& dropout, int64_t 
   }
 }
 
-// result[group][column] = the sum of the group's rows of partial sums, in their order.
+// Partial sums, (groups, group_tasks, columns), and the sums over the tasks of a group; `total` is null if these are
+// not needed.
+struct Sums {
+  const float* partial;
+  float* total;
+};
+
+// Adds up `first`, and by the second half of the grid `second`. A CUDA block has `warp_threads` columns of a group;
+// each warp adds up every eighth task, with several loads in flight, and the sums of the warps are added in order.
 static __global__ void __launch_bounds__(block_threads)
-    sum_partials_kernel(const float* sums, int64_t group_tasks, int64_t columns, int64_t total, float* result) {
-  const int64_t k = int64_t(blockIdx.x) * block_threads + threadIdx.x;
-  if (k >= total) return;
-  const float* first = sums + k / columns * group_tasks * columns + k % columns;
+    add_up_kernel(Sums first, Sums second, int64_t group_tasks, int64_t columns, int64_t strips, int64_t blocks) {
+  __shared__ float partial[block_warps][warp_threads];
+  const Sums sums = blockIdx.x < blocks ? first : second;
+  const int64_t block = blockIdx.x % blocks, group = block / strips;
+  const int lane = threadIdx.x % warp_threads, warp = threadIdx.x / warp_threads;
+  const int64_t column = block % strips * warp_threads + lane;
   float sum = 0;
-  for (int64_t task = 0; task < group_tasks; ++task) sum += first[task * columns];
-  result[k] = sum;
+  if (column < columns) {
+    const float* rows = sums.partial + group * group_tasks * columns + column;
+#pragma unroll 8
+    for (int64_t task = warp; task < group_tasks; task += block_warps) sum += rows[task * columns];
+  }
+  partial[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || column >= columns) return;
+  for (int other = 1; other < block_warps; ++other) sum += partial[other][lane];
+  sums.total[group * columns + column] = sum;
 }
+
+// The size of a launch.
+struct Grid {
+  int64_t blocks;
+  int threads;
+
+  Grid(int64_t blocks, int threads = block_threads) : blocks(blocks), threads(threads) {}
+};
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -116,8 +168,7 @@ bool is_vectorizable(const Rows& rows) {
 struct PartialSums {
   int64_t groups, group_tasks, task_rows;
 
-  PartialSums(int64_t rows, int64_t rows_per_group) {
-    constexpr int64_t most_tasks = 256, least_rows = 16;
+  PartialSums(int64_t rows, int64_t rows_per_group, int64_t most_tasks = 256, int64_t least_rows = 16) {
     groups = rows / rows_per_group;
     group_tasks = divide_up(rows_per_group, least_rows);
     if (group_tasks > most_tasks) group_tasks = most_tasks;
@@ -126,6 +177,15 @@ struct PartialSums {
   }
   int64_t elements(int64_t columns) const { return groups * group_tasks * columns; }
 };
+
+template <class Launch>
+void add_up(const PartialSums& shares, int64_t columns, Sums first, Sums second, const Launch& launch) {
+  if (!first.total) first = second;
+  if (!first.total) return;
+  const bool both = second.total && second.total != first.total;
+  const int64_t strips = divide_up(columns, warp_threads), blocks = shares.groups * strips;
+  launch(add_up_kernel, blocks * (both ? 2 : 1), first, second, shares.group_tasks, columns, strips, blocks);
+}
 
 // Calls body(T{}) for the storage type; returns false for types other than the three that the CUDA kernels support.
 template <class Body>

@@ -21,9 +21,9 @@ class Launcher {
   }
 
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, const Arguments&... arguments) const {
-    STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "input has more rows than one launch can take");
-    kernel<<<unsigned(blocks), block_threads, 0, stream_>>>(arguments...);
+  void operator()(void (*kernel)(Parameters...), Grid grid, const Arguments&... arguments) const {
+    STD_TORCH_CHECK(grid.blocks < (int64_t(1) << 31), "input has more rows than one launch can take");
+    kernel<<<unsigned(grid.blocks), grid.threads, 0, stream_>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 

@@ -65,13 +65,7 @@ void launch_rotary(const RotaryBackward& a, float* grad_weight, float* grad_bias
   const int64_t strips = divide_up(units_of<VEC>(a), block_threads);
   launch(rotary_norm_weight_kernel<T, VEC>, shares.group_tasks * strips, a, (const HeadStatistics*)sums.statistics,
          shares.task_rows, strips, sums.weight, sums.bias);
-  const auto add_up = [&](const float* partial, float* gradient) {
-    if (gradient)
-      launch(sum_partials_kernel, divide_up(a.columns, block_threads), partial, shares.group_tasks, a.columns,
-             a.columns, gradient);
-  };
-  add_up(sums.weight, grad_weight);
-  add_up(sums.bias, grad_bias);
+  add_up(shares, a.columns, {sums.weight, grad_weight}, {sums.bias, grad_bias}, launch);
 }
 
 template <class T, class Launch>

@@ -19,7 +19,7 @@ struct Logistic {
 
   CKPT_HD explicit Logistic(T x) {
     T e = exp(-x);
-    value = T(1) / (T(1) + e);
+    value = quotient(T(1), T(1) + e);
     complement = bounded(e) * value;
   }
   CKPT_HD T derivative() const { return value * complement; }
@@ -169,16 +169,16 @@ struct Mish {
     T e = exp(-abs(x));
     T n = select(x >= T(0), T(1) + T(2) * e, e * (e + T(2)));
     T d = n + select(x >= T(0), T(2) * e * e, T(2));
-    return x * (n / d);
+    return x * quotient(n, d);
   }
   template <class T>
   CKPT_HD static T derivative(T x) {
     T e = exp(-abs(x));
     T n = select(x >= T(0), T(1) + T(2) * e, e * (e + T(2)));
     T rest = select(x >= T(0), T(2) * e * e, T(2));
-    T t = n / (n + rest);
-    T one_minus_t = rest / (n + rest);
-    T s = select(x >= T(0), T(1), e) / (T(1) + e);
+    T t = quotient(n, n + rest);
+    T one_minus_t = quotient(rest, n + rest);
+    T s = quotient(select(x >= T(0), T(1), e), T(1) + e);
     return t + x * s * one_minus_t * (T(1) + t);
   }
 };
@@ -198,14 +198,14 @@ struct Tanh {
   template <class T>
   CKPT_HD static T value(T x) {
     T m = expm1_nonpositive(T(-2) * abs(x));
-    T t = m / (m + T(2));
+    T t = quotient(m, m + T(2));
     return select(x > T(0), -t, t);
   }
   template <class T>
   CKPT_HD static T derivative(T x) {
     T e = exp(T(-2) * abs(x));
     T d = T(1) + e;
-    return T(4) * e / (d * d);
+    return quotient(T(4) * e, d * d);
   }
 };
 
@@ -219,7 +219,7 @@ struct Hardswish {
   }
   template <class T>
   CKPT_HD static T derivative(T x) {
-    T inner = select(x >= T(3), T(1), x / T(3) + T(0.5));
+    T inner = select(x >= T(3), T(1), quotient(x, T(3)) + T(0.5));
     return select(x <= T(-3), T(0), inner);
   }
 };

@@ -143,16 +143,15 @@ void check_alignment(const T* p) {
 #define CKPT_MOST_BLOCKS 2
 
 // Stands in for a kernel launch.
+template <class Grid>
 struct HostLaunch {
-  unsigned threads;
-
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, const Arguments&... arguments) const {
-    blockDim.x = threads;
-    gridDim.x = unsigned(blocks);
-    for (int64_t block = 0; block < blocks; ++block) {
+  void operator()(void (*kernel)(Parameters...), Grid grid, const Arguments&... arguments) const {
+    blockDim.x = unsigned(grid.threads);
+    gridDim.x = unsigned(grid.blocks);
+    for (int64_t block = 0; block < grid.blocks; ++block) {
       blockIdx.x = unsigned(block);
-      BlockOfFibers(threads, [&] { kernel(arguments...); }).run();
+      BlockOfFibers(blockDim.x, [&] { kernel(arguments...); }).run();
     }
   }
 };

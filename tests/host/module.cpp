@@ -39,7 +39,7 @@ class Operands {
   py::dict operands_;
 };
 
-const HostLaunch host_launch{unsigned(block_threads)};
+const HostLaunch<Grid> host_launch;
 
 Dropout read_dropout(const Operands& operands) {
   const void* seed = operands.data("seed");

@@ -4,6 +4,7 @@ from .mutant import Mutant
 from .selections import DROPPED, EDGES, STORED
 
 _ODD = "tests/test_cuda_on_host.py -k 'float32 or dtype0'"
+_HELD = "tests/test_cuda_on_host.py -k 'held_in_registers and {}'"
 CUDA = (
     Mutant(
         "16 bytes are read at any address",
@@ -81,6 +82,34 @@ CUDA = (
         "total.merge(partial[warp]);\n    «__syncthreads();»",
         ";",
         EDGES.format("cuda_on_host and layer_norm and 20011"),
+    ),
+    Mutant(
+        "a sum over a team is read before all of it is written",
+        "csrc/cuda/held_rows.cuh",
+        "«__syncthreads();»\n    for (int k = 0; k < K; ++k) x[k] = partial",
+        ";",
+        _HELD.format("5-4096"),
+    ),
+    Mutant(
+        "two sums of a team in turn share a buffer",
+        "csrc/cuda/held_rows.cuh",
+        "turn_ ^= 1;",
+        ";",
+        _HELD.format("5-4096"),
+    ),
+    Mutant(
+        "the mean is subtracted beyond the last column",
+        "csrc/cuda/row_norm_held_kernels.cuh",
+        "within ? mean : 0",
+        "mean",
+        _HELD.format("37-136"),
+    ),
+    Mutant(
+        "the sums over a block's rows are those of the first two teams",
+        "csrc/cuda/row_norm_held_kernels.cuh",
+        "other < «team.count»",
+        "2",
+        _HELD.format("70-520"),
     ),
     Mutant(
         "sums over rows are read before all are written",
