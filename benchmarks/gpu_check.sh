@@ -17,7 +17,7 @@ mkdir -p "$out"
 failed=0
 CKPT_KERNELS_BUILD=cuda "$python" setup.py -q build_ext --inplace >"$out/build.log" 2>&1 || { tail -n 30 "$out/build.log"; exit 1; }
 "$python" -m ckpt_kernels.cli doctor | tee "$out/doctor.txt" || failed=1
-timeout 270 "$python" -m pytest -q -n 4 tests -k "not compile and not isa" 2>&1 | tee "$out/tests.txt" | tail -n 25 || failed=1
+timeout 270 "$python" -m pytest -q -n "$(nproc)" tests -k "not compile and not isa" 2>&1 | tee "$out/tests.txt" | tail -n 25 || failed=1
 timeout 110 "$python" -m benchmarks --rounds 15 --seconds 80 --out "$out" || failed=1
 timeout 30 "$python" -m benchmarks.predicted "$out/results.json" --columns 4096 --out "$out/predicted.md" || failed=1
 timeout 60 "$python" -m benchmarks.layers --rounds 5 --out "$out" || failed=1

@@ -41,7 +41,9 @@ def check(heads: tuple[int, ...], table: tuple[int, ...], dtype: torch.dtype = t
     # The interpreter truncates to bfloat16 where hardware rounds.
     tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+        # With one column the input's gradient is a difference of equal terms, of which a GPU leaves a rounding.
+        scale = max(theirs.abs().max().item(), float(heads[-1] == 1))
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("norm", [PLAIN, RMS, LAYER], ids=["plain", "rms", "layer"])
