@@ -63,11 +63,13 @@ class _InMemory:
 
     def __init__(self, address: int, state: bytes) -> None:
         self.is_known = ctypes.string_at(address, len(state)) == state
-        self._address, self._size = address, len(state)
-        self._ends = _ends_of(address, len(state))
+        length = min(len(state), _AT_END)
+        ends = ctypes.c_char * length
+        self._first, self._last = ends.from_address(address), ends.from_address(address + len(state) - length)
+        self._was_first, self._was_last = self._first.raw, self._last.raw
 
     def is_current(self) -> bool:
-        return _ends_of(self._address, self._size) == self._ends
+        return self._first.raw == self._was_first and self._last.raw == self._was_last
 
 
 class _OfPython:
@@ -149,7 +151,7 @@ class RandomState:
 
     def is_current(self) -> bool:
         """Whether no random number has been drawn since."""
-        return all(state.is_current() for state in self._states.values())
+        return all([state.is_current() for state in self._states.values()])
 
     def restore(self) -> None:
         """Gives the generators these states."""

@@ -2,6 +2,7 @@
 are."""
 
 import gc
+import operator
 import types
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_kernels
+from ckpt_kernels.runs.held import held_by
+from ckpt_kernels.thin import direct
 
 WIDTH = 8
 
@@ -42,7 +45,7 @@ def made(level: str) -> nn.Module:
     for layer in model:
         layer.handles = (
             layer.second.register_forward_hook(lambda module, args, output: 2 * output),
-            layer.second.register_forward_hook(lambda module, args, kwargs, output: 3 * output, with_kwargs=True),
+            layer.second.register_forward_hook(lambda module, args, kwargs, output: output.cos(), with_kwargs=True),
             layer.first.register_forward_pre_hook(
                 lambda module, args, kwargs: ((2 * args[0],), kwargs), with_kwargs=True
             ),
@@ -91,6 +94,10 @@ def remove_hooks(layer: nn.Module) -> None:
         handle.remove()
 
 
+def reorder_hooks(layer: nn.Module) -> None:
+    layer.second._forward_hooks.move_to_end(layer.handles[0].id)
+
+
 def add_hook(layer: nn.Module) -> None:
     layer.norm.register_forward_pre_hook(lambda module, args: (3 * args[0],))
 
@@ -122,6 +129,7 @@ CHANGES = (
     change_number,
     change_string,
     remove_hooks,
+    reorder_hooks,
     add_hook,
     evaluate,
     freeze,
@@ -142,8 +150,13 @@ def gradients(model: nn.Module, change: Callable[[nn.Module], None]) -> list[Ten
     return [x.grad, *(p.grad for p in parameters)]
 
 
+@pytest.mark.parametrize("library", ("compiled", "none"))
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_between_the_passes_do_not_change_gradients(change: Callable[[nn.Module], None]) -> None:
+def test_changes_between_the_passes_do_not_change_gradients(
+    change: Callable[[nn.Module], None], library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library == "none":
+        monkeypatch.setattr(direct, "thin_module", None)
     models = made("eager"), made("checkpoint")
     expected, found = (gradients(model, change) for model in models)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -274,6 +287,32 @@ def test_values_that_a_state_does_not_hold_are_as_before(change: str) -> None:
     assert layer.last is last and layer.config is config and layer.other is other
     assert getattr(layer, "number", 3) == 3 and hasattr(layer, "graph") is (change != "buffer")
     layer.last = None
+
+
+def test_the_library_finds_what_python_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> list:
+        held = held_by(layer)
+        assert held is not None
+        states = held.states
+        copies = [getattr(states, name) for name in ("_modules", "_attributes", "_containers", "_partial")]
+        return [held.parameters, held.buffers, held.generators, *copies]
+
+    layer = made("eager")[0]
+    layer.generator, layer.config, layer.values = torch.Generator(), types.SimpleNamespace(), [1]
+    layer.mean = layer.first.weight.sum(0)
+    layer.parts.again = layer.first
+    layer.register_parameter("missing", None)
+    compiled = found()
+    monkeypatch.setattr(direct, "thin_module", None)
+    for ours, expected in zip(compiled, found(), strict=True):
+        assert len(ours) == len(expected)
+        for one, other in zip(ours, expected, strict=True):
+            if isinstance(one, dict):
+                assert list(one) == list(other) and all(one[name] is other[name] for name in one)
+            elif isinstance(one, tuple):
+                assert all(map(operator.is_, one, other))
+            else:
+                assert one is other
 
 
 class Doubled(nn.Module):

@@ -43,7 +43,9 @@ class Saved:
 
     def __init__(self, run: "Run", tensor: Tensor) -> None:
         self.run = run
-        self.shape = tensor.shape
+        shape = tensor.shape
+        # Shared, because Python's garbage collector visits all shapes that live.
+        self.shape = run.shapes.setdefault(shape, shape)
         self.dtype = tensor.dtype
         self.checksum = checksum_of(tensor)
         self.value: Tensor | None = None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .module_state import ModuleStates
+from ..thin import direct
+from .module_state import CONTAINERS, NOT_HELD, OF_TORCH, Copies, ModuleStates, copies_of
 
 # Types of attributes that are no generators, and of parameters and buffers that are not lazy. One set operation over
 # all types takes less time than to ask `isinstance` of each value.
@@ -34,6 +35,12 @@ class Held(NamedTuple):
 
 def held_by(layer: nn.Module) -> Held | None:
     """Return what a layer holds; None if a parameter or buffer is lazy, and so has no value yet."""
+    if direct.thin_module is not None:
+        found = direct.thin_module.held(layer, CONTAINERS, OF_TORCH, Tensor, torch.Generator, NOT_HELD)
+        if found is not None:
+            modules_found, parameters_found, buffers_found, generators_found, copies = found
+            states = ModuleStates(modules_found, parameters_found, Copies(*copies))
+            return Held(parameters_found, buffers_found, generators_found, states)
     parameters: list[nn.Parameter | None] = []
     buffers: list[tuple[Tensor, nn.Module]] = []
     generators: list[torch.Generator] = []
@@ -52,7 +59,7 @@ def held_by(layer: nn.Module) -> Held | None:
         if not _OTHER_TYPES.issuperset(map(type, own)):
             generators += [value for value in own if isinstance(value, torch.Generator)]
     initialized = [parameter for parameter in parameters if parameter is not None]
-    found = Held(initialized, buffers, generators, ModuleStates(list(seen), initialized))
+    found = Held(initialized, buffers, generators, ModuleStates(list(seen), initialized, copies_of(list(seen))))
     return None if _is_any_lazy(found.parameters) or _is_any_lazy([buffer for buffer, _ in buffers]) else found
 
 

@@ -9,8 +9,8 @@ frees, each call would hold the graph of the call before. Lists and other object
 import collections
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from ..thin import direct
 Values = dict[str, Any]
 
 # The dicts of a module that torch changes in place.
-_CONTAINERS = (
+CONTAINERS = (
     "_parameters",
     "_buffers",
     "_modules",
@@ -32,10 +32,42 @@ _CONTAINERS = (
 _DICTS = (dict, collections.OrderedDict)
 _EMPTY: Values = {}
 # Stands for a value that a lasting state does not hold.
-_NOT_HELD = object()
+NOT_HELD = object()
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
-_OF_TORCH = frozenset(vars(nn.Module()))
+OF_TORCH = frozenset(vars(nn.Module()))
 _requires_grad = operator.attrgetter("requires_grad")
+
+
+class Copies(NamedTuple):
+    """Dicts of modules, each followed by its copy.
+
+    Attributes:
+        attributes: the attributes of each module.
+        containers: the dicts of a module that torch changes in place.
+        partial: the dicts, without copies, of which a copy does not hold all values.
+    """
+
+    attributes: list[Values]
+    containers: list[Values]
+    partial: list[Values]
+
+
+def copies_of(modules: Sequence[nn.Module], holds_all: bool = False) -> Copies:
+    """The copies of the modules' dicts, without values that may hold a graph unless `holds_all`."""
+    attributes: list[Values] = []
+    containers: list[Values] = []
+    partial: list[Values] = []
+    for module in modules:
+        own = vars(module)
+        attributes += own, own.copy() if holds_all else _lasting_copy(own, partial)
+        for name in CONTAINERS:
+            # Scripted modules, for one, have objects of another type here, which are not restored.
+            container: Any = own.get(name)
+            if type(container) in _DICTS:
+                is_lasting = name == "_buffers" and not holds_all
+                copy = _lasting_copy(container, partial) if is_lasting else container.copy()
+                containers += container, copy if copy else _EMPTY
+    return Copies(attributes, containers, partial)
 
 
 class ModuleStates:
@@ -44,32 +76,15 @@ class ModuleStates:
     Args:
         modules: the modules.
         parameters: the parameters of these modules.
-        copy_of: copies a dict of attributes or buffers.
+        copies: the copies of the modules' dicts.
     """
 
-    __slots__ = ("_attributes", "_containers", "_kinds", "_modules", "_parameters", "_require_gradients")
+    __slots__ = ("_attributes", "_containers", "_kinds", "_modules", "_parameters", "_partial", "_require_gradients")
 
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        parameters: Sequence[Tensor],
-        copy_of: Callable[[Values], Values] | None = None,
-    ) -> None:
-        copy_of = _lasting_copy if copy_of is None else copy_of
+    def __init__(self, modules: Sequence[nn.Module], parameters: Sequence[Tensor], copies: Copies) -> None:
         self._modules, self._kinds = modules, list(map(type, modules))
         self._parameters, self._require_gradients = parameters, list(map(_requires_grad, parameters))
-        # Each dict with a copy.
-        self._attributes: list[tuple[Values, Values]] = []
-        self._containers: list[tuple[Values, Values]] = []
-        for module in modules:
-            own = vars(module)
-            self._attributes.append((own, copy_of(own)))
-            for name in _CONTAINERS:
-                # Scripted modules, for one, have objects of another type here, which are not restored.
-                container: Any = own.get(name)
-                if type(container) in _DICTS:
-                    copy = _EMPTY if not container else copy_of(container) if name == "_buffers" else container.copy()
-                    self._containers.append((container, copy))
+        self._attributes, self._containers, self._partial = copies
 
     def are_current(self) -> bool:
         """Whether the modules still have this state, whatever the values that are not held."""
@@ -82,9 +97,9 @@ class ModuleStates:
 
     def restore(self) -> None:
         """Give the modules this state."""
-        for now, before in self._attributes:
+        for now, before in _pairs(self._attributes):
             _restore(now, before)
-        for now, before in self._containers:
+        for now, before in _pairs(self._containers):
             _restore(now, before)
             # Another thread may read the dict, which therefore is emptied only to restore the order.
             values = {name: now[name] for name in before if name in now}
@@ -103,18 +118,16 @@ class ModuleStates:
         """A context in which the modules have this state; afterwards the present one returns, whatever runs within."""
         if self.are_current():
             # The present values that this state does not hold.
-            others = [
-                (now, now.copy()) for now, before in self._attributes + self._containers if _holds_not_all(before)
-            ]
+            others = [each for now in self._partial for each in (now, now.copy())]
             try:
                 yield
             finally:
                 if not (self.are_current() and _are_same_dicts(others)):
                     self.restore()
-                    for now, before in others:
+                    for now, before in _pairs(others):
                         _restore(now, before)
             return
-        present = ModuleStates(self._modules, self._parameters, dict.copy)
+        present = ModuleStates(self._modules, self._parameters, copies_of(self._modules, holds_all=True))
         try:
             self.restore()
             yield
@@ -122,36 +135,38 @@ class ModuleStates:
             present.restore()
 
 
-def _lasting_copy(values: Values) -> Values:
-    """A copy of a dict of attributes, with `_NOT_HELD` for values that may hold a graph."""
+def _lasting_copy(values: Values, partial: list[Values]) -> Values:
+    """A copy of a dict, with `NOT_HELD` for values that may hold a graph. `partial` gets a dict with such values."""
     copy = values.copy()
     for name, value in values.items():
-        if type(value) not in _PLAIN and name not in _OF_TORCH and (not isinstance(value, Tensor) or value.grad_fn):
-            copy[name] = _NOT_HELD
+        if type(value) not in _PLAIN and name not in OF_TORCH and (not isinstance(value, Tensor) or value.grad_fn):
+            copy[name] = NOT_HELD
+            if not (partial and partial[-1] is values):
+                partial.append(values)
     return copy
 
 
-def _holds_not_all(before: Values) -> bool:
-    return any(value is _NOT_HELD for value in before.values())
+def _pairs(dicts: list[Values]) -> Iterator[tuple[Values, Values]]:
+    return zip(dicts[::2], dicts[1::2], strict=True)
 
 
 def _restore(now: Values, before: Values) -> None:
-    if _are_same_dicts([(now, before)]):
+    if _are_same_dicts([now, before]):
         return
     for name in now.keys() - before.keys():
         del now[name]
-    now.update((name, value) for name, value in before.items() if value is not _NOT_HELD)
+    now.update((name, value) for name, value in before.items() if value is not NOT_HELD)
 
 
-def _are_same_dicts(pairs: list[tuple[Values, Values]]) -> bool:
-    """Whether each dict has the names of its copy, in the same order, and the values that the copy holds."""
+def _are_same_dicts(dicts: list[Values]) -> bool:
+    """Whether each dict has the names of the copy after it, in the same order, and the values that the copy holds."""
     if direct.thin_module is not None:
-        return direct.thin_module.are_same_dicts(pairs, _NOT_HELD)
-    return all(_has_items_of(now, before) for now, before in pairs)
+        return direct.thin_module.are_same_dicts(dicts, NOT_HELD)
+    return all(_has_items_of(now, before) for now, before in _pairs(dicts))
 
 
 def _has_items_of(now: Values, before: Values) -> bool:
     if len(now) != len(before):
         return False
     items = zip(now.items(), before.items(), strict=True)
-    return all(a == c and (b is d or d is _NOT_HELD) for (a, b), (c, d) in items)
+    return all(a == c and (b is d or d is NOT_HELD) for (a, b), (c, d) in items)

@@ -39,6 +39,7 @@ class Run:
         self._links: dict[int, tuple[weakref.ref[Tensor], int | None, Link]] = {}
         # With the versions at which they were kept: after an in-place write the tensor is another argument.
         self._kept: list[tuple[weakref.ref[Tensor], int | None, Input]] = []
+        self.shapes: dict[torch.Size, torch.Size] = {}
         self._lock = threading.RLock()
 
     def continues_with(self, place: Place, tensors: Sequence[Tensor]) -> bool:

@@ -1,5 +1,6 @@
 #include "guards.h"
 
+#include "owned.h"
 #include "questions.h"
 #include "sites.h"
 
@@ -19,24 +20,40 @@ PyObject* are_same(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   return answer == failed ? nullptr : PyBool_FromLong(answer == yes);
 }
 
+// Whether two values of dicts are the same object, or the second is `any`.
+bool is_value(PyObject* value, PyObject* other, PyObject* any) { return value == other || other == any; }
+
+// The same as `has_items_of`, for dicts that may have an order of their own, such as OrderedDict.
+bool has_ordered_items_of(PyObject* dict, PyObject* other, PyObject* any) {
+  const Owned names(PySequence_List(dict)), others(PySequence_List(other));
+  for (Py_ssize_t i = 0; i < PyDict_Size(dict); ++i) {
+    PyObject* name = names && others ? PyList_GetItem(names.get(), i) : nullptr;
+    if (!name || name != PyList_GetItem(others.get(), i)) return false;
+    if (!is_value(PyDict_GetItemWithError(dict, name), PyDict_GetItemWithError(other, name), any)) return false;
+  }
+  return true;
+}
+
 // Whether a dict has the names of the other, in the same order, and the same values where the other's are not `any`.
+// False, perhaps with an error, if not.
 bool has_items_of(PyObject* dict, PyObject* other, PyObject* any) {
   if (!PyDict_Check(dict) || !PyDict_Check(other) || PyDict_Size(dict) != PyDict_Size(other)) return false;
+  if (PyDict_Size(dict) == 0) return true;
+  if (!PyDict_CheckExact(dict)) return has_ordered_items_of(dict, other, any);
   Py_ssize_t place = 0, other_place = 0;
   PyObject *name, *value, *other_name, *other_value;
   while (PyDict_Next(dict, &place, &name, &value)) {
     if (!PyDict_Next(other, &other_place, &other_name, &other_value) || name != other_name) return false;
-    if (value != other_value && other_value != any) return false;
+    if (!is_value(value, other_value, any)) return false;
   }
   return true;
 }
 
 PyObject* are_same_dicts(PyObject*, PyObject* const* objects, Py_ssize_t count) {
-  if (count != 2 || !PyList_Check(objects[0])) return PyErr_Format(PyExc_TypeError, "expected (pairs, any)");
-  for (Py_ssize_t i = 0; i < PyList_Size(objects[0]); ++i) {
-    PyObject* pair = PyList_GetItem(objects[0], i);
-    if (!is_tuple_of(pair, 2)) return PyErr_Format(PyExc_TypeError, "expected pairs of dicts");
-    if (!has_items_of(PyTuple_GetItem(pair, 0), PyTuple_GetItem(pair, 1), objects[1])) Py_RETURN_FALSE;
+  if (count != 2 || !PyList_Check(objects[0])) return PyErr_Format(PyExc_TypeError, "expected (dicts, any)");
+  for (Py_ssize_t i = 0; i + 1 < PyList_Size(objects[0]); i += 2) {
+    if (!has_items_of(PyList_GetItem(objects[0], i), PyList_GetItem(objects[0], i + 1), objects[1]))
+      return PyErr_Occurred() ? nullptr : PyBool_FromLong(0);
   }
   Py_RETURN_TRUE;
 }
@@ -91,8 +108,8 @@ PyMethodDef methods[] = {
     {"are_same", CKPT_FAST(are_same),
      "are_same(found, missing): whether each holder still has its value, for tuples (holder, name, value)."},
     {"are_same_dicts", CKPT_FAST(are_same_dicts),
-     "are_same_dicts(pairs, any): whether both dicts of each pair have the same names and values; `any` in the second "
-     "one equals all values."},
+     "are_same_dicts(dicts, any): whether each first, third, ... dict has the names and values of the next one; `any` "
+     "there equals all values."},
     {"is_such", CKPT_FAST(is_such), "is_such(module, such): whether a module is as `such` describes."},
     {"plain_linears", CKPT_FAST(plain_linears),
      "plain_linears(such, input, *modules): weights and biases of linear layers that are as `such` describes and fit "

@@ -10,6 +10,7 @@
 #include "cells.h"
 #include "classes.h"
 #include "guards.h"
+#include "held.h"
 #include "members.h"
 #include "records.h"
 #include "storages.h"
@@ -244,7 +245,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
 
 bool add_all(PyObject* module) {
   return add_guards(module) && add_classes(module) && add_cells(module) && add_records(module) &&
-         add_storages(module) && add_unpacking(module) && add_biases(module);
+         add_storages(module) && add_unpacking(module) && add_biases(module) && add_held(module);
 }
 
 }  // namespace
