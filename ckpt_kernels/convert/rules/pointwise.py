@@ -61,6 +61,10 @@ class ActivationRule(UnaryRule):
         # Only torch's own are single ops.
         return replace(self, most_left=_MOST_LEFT) if self.code is None else self
 
+    def leaves(self, input: Any) -> bool:
+        # A float32 copy of a 16-bit tensor is kept in 16 bits.
+        return super().leaves(input) and not recompute.is_widened(input)
+
     @property
     def name(self) -> str:
         return self.trial.name or ""
