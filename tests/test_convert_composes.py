@@ -34,9 +34,10 @@ def with_dropout(model: nn.Module, p: float) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("recompute", LEVELS)
+@pytest.mark.parametrize("recompute", [level for level in LEVELS if level != "block"])
 def test_levels_give_the_same_bits(recompute: str) -> None:
-    model, inputs = converted("bert", recompute="block")
+    # With a level by name, the kernels compute small inputs at "block" too.
+    model, inputs = converted("bert", recompute={"": "block"})
     expected = step(model, inputs)
     ckpt_kernels.convert(model, recompute=recompute)
     assert equal(step(model, inputs), expected)

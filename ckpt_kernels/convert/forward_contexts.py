@@ -34,6 +34,9 @@ class Discarding:
     def __call__(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
+        # Within another context that one stays active. Most calls end here.
+        if self.level != "layer" and not torch.compiler.is_compiling() and discarding() is not None:
+            return forward(module, *args, **kwargs)
         convert_late_modules_if_outermost(module)
         if self.level == "layer":
             return run_as_layer(functools.partial(forward, module), module, args, kwargs)

@@ -116,7 +116,11 @@ def swap_back(module: nn.Module) -> None:
 
 def _conversion_of(kind: type[nn.Module]) -> Conversion | None:
     """The conversion of a class, which may be inherited. A metaclass with a `__getattr__` is not asked."""
-    return next((vars(base)[_CONVERSION] for base in kind.__mro__ if _CONVERSION in vars(base)), None)
+    for base in kind.__mro__:  # of a converted class the first base has the conversion
+        conversion = vars(base).get(_CONVERSION)
+        if conversion is not None:
+            return conversion
+    return None
 
 
 def original_of(module: nn.Module) -> type[nn.Module]:

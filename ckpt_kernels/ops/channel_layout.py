@@ -53,7 +53,7 @@ class Maps(NamedTuple):
         if self.planes:
             return tensor.contiguous().view(self.samples * self.channels, self.size)
         rows = self.samples * self.size
-        if tensor.stride() == _last_strides(tensor.shape):
+        if tensor.stride() == last_strides(tensor.shape):
             # One view instead of three, which matters for small inputs.
             return tensor.as_strided((rows, self.channels), (self.channels, 1))
         return tensor.movedim(1, -1).contiguous().view(rows, self.channels)
@@ -63,7 +63,7 @@ class Maps(NamedTuple):
 
         The result is no view: autograd accumulates gradients in place only if nothing else shares their memory.
         """
-        strides = _last_strides(like.shape)
+        strides = last_strides(like.shape)
         # If a channel has one element in each sample, both layouts are the same in memory, and only the strides tell
         # which is meant. To torch, tensors of three dimensions are never channels last.
         if self.planes or (like.is_contiguous() and (like.dim() == 3 or like.stride() != strides)):
@@ -76,7 +76,7 @@ class Maps(NamedTuple):
         return torch.empty(shape, dtype=reference.compute_dtype(like.dtype), device=like.device)
 
 
-def _last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+def last_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of a dense (samples, channels, *space) with channels last."""
     strides, step = [], shape[1]
     for size in reversed(shape[2:]):
@@ -94,17 +94,18 @@ def maps_of(input: Tensor, groups: int) -> Maps:
         not input.is_contiguous()
         and input.dim() in (4, 5)
         # The first comparison is usually true, and cheaper.
-        and (input.stride() == _last_strides(input.shape) or suggest_memory_format(input) != torch.contiguous_format)
+        and (input.stride() == last_strides(input.shape) or suggest_memory_format(input) != torch.contiguous_format)
     )
     arguments = (tuple(input.shape), last, groups, input.device.type)
     try:
-        return _maps(*arguments)
+        return layout(*arguments)
     except TypeError:  # sizes are symbolic under torch.compile, and no cache can hold them
-        return _maps.__wrapped__(*arguments)
+        return layout.__wrapped__(*arguments)
 
 
 @functools.lru_cache(maxsize=1024)
-def _maps(shape: tuple[int, ...], last: bool, groups: int, device: str) -> Maps:
+def layout(shape: tuple[int, ...], last: bool, groups: int, device: str) -> Maps:
+    """The layout for a shape, in channels_last or not."""
     samples, channels = shape[:2]
     size = math.prod(shape[2:])
     if not (last or len(shape) == 2 or size == 1):

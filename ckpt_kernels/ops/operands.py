@@ -1,6 +1,7 @@
 """Helpers of the ops: tensors as matrices of rows, memory for results, gradients in their dtypes."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -126,6 +127,14 @@ def contiguous(input: Tensor) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
+def is_in_order(tensor: Tensor) -> bool:
+    """Whether the strides decrease from dimension to dimension, so that the result of an elementwise operation whose
+    first operand this is, is contiguous."""
+    strides = tensor.stride()
+    ordered = all(outer > inner for outer, inner in itertools.pairwise((*strides, 0)))
+    return ordered and all(size > 1 for size in tensor.shape)
+
+
 def elementwise_empty(*operands: Tensor) -> Tensor:
     """Allocates the result of an elementwise op on operands of one shape, in the first's dtype.
 
@@ -140,6 +149,8 @@ def elementwise_empty(*operands: Tensor) -> Tensor:
         return torch.empty_like(first, memory_format=torch.channels_last)
     if all(t.stride() == first.stride() for t in operands):
         return torch.empty_like(first)
+    if not torch.compiler.is_compiling() and is_in_order(first):
+        return contiguous(first)
     strides = compute_elementwise_output_strides(*operands)
     return torch.empty_strided(first.shape, strides, dtype=first.dtype, device=first.device)
 

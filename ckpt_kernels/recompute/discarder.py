@@ -15,6 +15,7 @@ from torch import Tensor
 from .active import has_innermost_hooks
 from .announcements import Announced, Announcement, Packed, Total, copied_if_sharded, share_memory_with
 from .cells import Cell, Kept, Operand, OuterPacked, Unwritten, is_plain, version_watch
+from .copies import copied_view, note_copy, recipe_of_copy
 from .entries import Block, Entry, watch_of
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Layout, Recipe, Step, geometry_of, layout_of, recipe_of_step
@@ -245,8 +246,13 @@ class Discarder(State):
         # A recomputed copy would lose the tangent.
         if tensor.dtype != root.dtype or torch.autograd.forward_ad._current_level >= 0:
             return None
-        trace = Trace(self, rules, self.temporaries, root.nbytes // COPIED)
         version = root._version
+        view = None if version or self.held else copied_view(node)
+        recipe = None if view is None else recipe_of_copy(view, layout_of(root), self)
+        if recipe is not None and fills_memory(root):
+            self.all_entries.add(Entry(root, weakref.ref(recipe)))
+            return recipe
+        trace = Trace(self, rules, self.temporaries, root.nbytes // COPIED)
         if not version:
             trace.learn_operands(node)
         elif not trace.is_written_by_graph(node, root.untyped_storage()._cdata, version):
@@ -255,6 +261,8 @@ class Discarder(State):
         if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not fills_memory(root):
             return root if name in BY_RESULT else None
         recipe = recipe_of_step(step, layout_of(root))
+        if view is not None:
+            note_copy(view, layout_of(root), recipe)
         self.all_entries.add(Entry(root, weakref.ref(recipe)))
         return recipe
 

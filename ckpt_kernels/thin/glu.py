@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from ..activations import CODES
+from ..ops.operands import is_in_order
 from .direct import direct
 from .plan import Plan, thread
 
@@ -29,7 +30,9 @@ class Glu(Plan):
     def forward(ctx: Any, gate: Tensor, value: Tensor, plan: "Glu") -> Tensor:
         output = _empty_like(gate)
         if not _forward(gate, value, output, *plan._native):
-            return plan.fall_back(ctx, gate, value)
+            rows = _as_rows(gate, value, output)
+            if rows is None or not _forward(*rows, *plan._native):
+                return plan.fall_back(ctx, gate, value)
         if ctx is not None:
             ctx.plan, ctx.options = plan, plan.options
             ctx.set_materialize_grads(False)
@@ -44,8 +47,21 @@ class Glu(Plan):
         grad_gate = _empty_like(gate) if wanted[0] else None
         grad_value = _empty_like(value) if wanted[1] else None
         if not _backward(grad_output, gate, value, grad_gate, grad_value, None, *self._native):
-            return None
+            # The full path gives contiguous gradients if the strides of grad_output decrease.
+            is_usual = grad_output is not None and is_in_order(grad_output) and is_in_order(gate)
+            rows = _as_rows(grad_output, gate, value, grad_gate, grad_value) if is_usual else None
+            if rows is None or not _backward(*rows, None, *self._native):
+                return None
         return grad_gate, grad_value, None
+
+
+def _as_rows(*tensors: Tensor | None) -> list[Tensor | None] | None:
+    """Views of the tensors as rows, for halves of one tensor, which the kernels take as rows only; None if strides do
+    not allow that."""
+    try:
+        return [None if t is None else t.view(-1, t.shape[-1]) for t in tensors]
+    except RuntimeError:
+        return None
 
 
 class PackedGlu(Plan):
