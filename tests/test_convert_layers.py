@@ -80,8 +80,7 @@ def assert_same_bits(found: list[Tensor | None], expected: list[Tensor | None]) 
 def at_levels(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     """Two copies of the module as the only layer of a list, converted at "block" and at "layer"."""
     plain, twin = twins(lambda: nn.ModuleList([make()]))
-    # With a level by name, the kernels compute small inputs at "block" too.
-    ckpt_kernels.convert(plain, recompute={"": "block"})
+    ckpt_kernels.convert(plain, recompute="block")
     ckpt_kernels.convert(twin, recompute="layer")
     return plain[0], twin[0]
 

@@ -113,8 +113,7 @@ def kept(model: nn.Module, sequences: int = 2) -> float:
 @pytest.mark.parametrize("written", ["", "before", "after"])
 def test_a_written_shift_gives_the_same_gradients(written: str) -> None:
     model, twin = twins(lambda: nn.ModuleList([Modulated(written)]))
-    # With a level by name, the kernels compute small inputs at "block" too.
-    ckpt_kernels.convert(model, recompute={"": "block"})
+    ckpt_kernels.convert(model, recompute="block")
     ckpt_kernels.convert(twin, recompute="output")
     x = rows()
     for layers in (model, twin):

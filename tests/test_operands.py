@@ -318,7 +318,7 @@ def test_hooks_that_unpack_another_dtype(name: str, dtype: torch.dtype) -> None:
     for _ in range(2):
         with _native(), torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t.to(dtype)):
             y = BLOCKS[name](x)
-        with _native(), pytest.raises(RuntimeError, match="has dtype|cannot serve torch.float64 on cuda"):
+        with _native(), pytest.raises(RuntimeError, match=r"has dtype|cannot serve torch\.float64 on cuda"):
             torch.autograd.grad(y, x, torch.ones_like(y))
 
 

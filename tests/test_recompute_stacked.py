@@ -80,8 +80,7 @@ def test_gathered_copies_are_not_kept(gather: str, around: Callable[[Experts], C
 def test_converted_model_gathers_again_in_two_backward_passes() -> None:
     model, x = made()
     stack = nn.ModuleList([nn.Sequential(nn.LayerNorm(WIDTH), model)]).to(DEVICE)
-    # With a level by name, the kernel computes the small norm too, as at the other levels.
-    ckpt_kernels.convert(stack, recompute={"": "block"})
+    ckpt_kernels.convert(stack, recompute="block")
     expected = gradients(stack[0], model, x)[1:]
     for level in ("output", "all", "layer"):
         ckpt_kernels.convert(stack, recompute=level)

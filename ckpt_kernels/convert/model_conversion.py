@@ -46,8 +46,6 @@ class ModelConversion(LeafConverter):
 
     def __init__(self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice, tiles: int) -> None:
         super().__init__(ConvertibleModules(model, include, exclude, levels), [], [])
-        # At other levels the block's output has a recipe.
-        self.leaves_small_inputs = levels.whole.level == "block" and not levels.is_by_module
         self.model = model
         self.levels = levels
         self.tiles = tiles

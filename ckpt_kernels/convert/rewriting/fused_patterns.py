@@ -110,7 +110,7 @@ def norm_act(input: Tensor, norm: nn.Module, rule: Norm, activation: str) -> Res
 @pattern("add, norm", "norm(left + may_drop(right))", total=False)
 def add_norm(left: Tensor, right: Tensor, norm: nn.Module, rule: Norm, p: float, total: bool) -> Results | None:
     """The norm of the sum, and with `total` the sum too, which is used first."""
-    if not isinstance(rule, RowNorm) or rule.channels_first or (not p and rule.leaves(left)):
+    if not isinstance(rule, RowNorm) or rule.channels_first:
         return None
     if not have_same_shape_dtype_device(left, right) or not rule.takes(norm, left):
         return None

@@ -1,6 +1,6 @@
 """Rules for torch's norms over channels: batch, group and instance norms."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +11,6 @@ from ... import thin
 from ...nn.channel_norms_of_torch import batch_norm_of, group_of, instance_norm_of
 from ..torch_patches import are_patched
 from .norms import Norm, are_coefficients, is_dense_map
-
-# The kernel takes two thirds of the time of torch's for contiguous maps, and its call in Python 20 microseconds more.
-_MOST_LEFT = 2**17
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,6 @@ class GroupNorm(Norm):
     """The rule for `torch.nn.GroupNorm`."""
 
     description = "group_norm"
-    most_left: int = 0
-
-    def leaving_small_inputs(self) -> "GroupNorm":
-        return replace(self, most_left=_MOST_LEFT)
-
-    def leaves(self, input: Any) -> bool:
-        # For other layouts the kernel takes much less time than torch's.
-        return super().leaves(input) and input.is_contiguous()
 
     def by_plan(self, module: Any, input: Any) -> Tensor | None:
         plan, *tensors = self._plan_of(module, input, "identity")

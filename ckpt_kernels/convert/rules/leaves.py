@@ -10,7 +10,7 @@ from ..swap import NotSwapped, may_be_swapped, swap
 from .norm_trials import norm_of
 from .norms import RowNorm
 from .pointwise import pointwise_of
-from .rule import Rule, UnaryRule
+from .rule import Rule
 
 _IN_BFLOAT16 = "not converted while its {} bfloat16: takes none, or rounds as none of our row norms does"
 
@@ -23,7 +23,6 @@ class LeafConverter:
         self.replaced = replaced
         self.left_alone = left_alone
         self.rules: dict[nn.Module, Rule] = {}
-        self.leaves_small_inputs = False
 
     def convert(self, name: str, module: nn.Module) -> None:
         """Converts a module that computes a norm, an activation, a dropout or a gate, or records why not."""
@@ -45,8 +44,6 @@ class LeafConverter:
         elif not may_be_swapped(module):
             self.leave(name, module, "its forward is no plain method of its class, or reads its class")
         else:
-            if self.leaves_small_inputs and isinstance(rule, UnaryRule):
-                rule = rule.leaving_small_inputs()
             self.apply(name, module, rule)
             if isinstance(rule, RowNorm) and not rule.takes_bfloat16:
                 self.leave(name, module, _IN_BFLOAT16.format("weights are" if rule.weight else "input is"))

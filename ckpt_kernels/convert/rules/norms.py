@@ -4,7 +4,7 @@
 """
 
 import abc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,6 @@ from ..operands import is_ordinary
 from ..torch_patches import are_patched
 from .rule import UnaryRule
 
-# The kernel takes half the time of torch's, and its call in Python 15 to 20 microseconds more.
-_MOST_LEFT = 2**16
 # The dtypes of the input and of the weight.
 Dtypes = tuple[torch.dtype, torch.dtype]
 # The first arguments of the functional row norms: input, normalized_shape, weight, bias, eps.
@@ -68,7 +66,6 @@ class RowNorm(Norm):
         dimensions: for a norm over channels, the number of dimensions of the inputs that were tried.
         shapes: for a norm that was tried, names and shapes of the parameters.
         strided: whether the output has the strides of the input.
-        most_left: see `UnaryRule`.
     """
 
     centered: bool
@@ -85,15 +82,11 @@ class RowNorm(Norm):
     dimensions: int = 0
     shapes: tuple[tuple[str, torch.Size], ...] = ()
     strided: bool = False
-    most_left: int = 0
 
     @property
     def is_torchs_layer_norm(self) -> bool:
         """Whether this is the rule for `torch.nn.LayerNorm`."""
         return self.cases is None and self.centered
-
-    def leaving_small_inputs(self) -> "RowNorm":
-        return replace(self, most_left=_MOST_LEFT) if self.is_torchs_layer_norm else self
 
     def by_plan(self, module: Any, input: Any) -> Tensor | None:
         # A plan exists only for shapes and dtypes that torch's layer norm takes too, and its input is never copied.

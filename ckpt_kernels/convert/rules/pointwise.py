@@ -5,7 +5,7 @@ torch.nn's own are recognised by their class, any other module without parameter
 """
 
 import types
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +28,6 @@ from .likeness import looks_like_activation
 from .rule import Rule, UnaryRule
 from .trial import outline_of, takes_one_argument
 
-# The kernel takes two thirds of the time of torch's, and its call in Python 10 to 15 microseconds more.
-_MOST_LEFT = 2**15
 # The attributes that the forwards of torch's activations, dropouts and gates read.
 _SETTINGS = (
     *("alpha", "approximate", "beta", "dim", "inplace", "max_val", "min_val", "negative_slope", "p", "threshold"),
@@ -55,15 +53,6 @@ class ActivationRule(UnaryRule):
     trial: TrialResult
     settings: Settings
     code: CodeSnapshot | None
-    most_left: int = 0
-
-    def leaving_small_inputs(self) -> "ActivationRule":
-        # Only torch's own are single ops.
-        return replace(self, most_left=_MOST_LEFT) if self.code is None else self
-
-    def leaves(self, input: Any) -> bool:
-        # A float32 copy of a 16-bit tensor is kept in 16 bits.
-        return super().leaves(input) and not recompute.is_widened(input)
 
     @property
     def name(self) -> str:

@@ -5,14 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..native_guards import ActivationGuard, Binding
 from ..operands import as_plain_tensor, is_operand
 
 Forward = Callable[..., Any]
-_is_compiling = torch.compiler.is_compiling
 
 
 class Rule(abc.ABC):
@@ -47,22 +45,12 @@ class UnaryRule(Rule):
     """A rule for modules that compute a function of one tensor.
 
     The original forward runs for any other arguments, and for tensors that the fused functions do not take.
-    `most_left` is the number of elements up to which the original forward computes inputs on the CPU.
     """
-
-    most_left = 0
-
-    def leaving_small_inputs(self) -> "UnaryRule":
-        """The rule for modules alone at "block", where a block keeps what torch's op keeps: for a small input the
-        overhead of the call in Python exceeds the gain of the kernel."""
-        return self
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
         def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             # A parametrization that was added since computes the weight at each load.
             if len(args) == 1 and not kwargs and "parametrizations" not in module._modules:
-                if self.most_left and self.leaves(args[0]):
-                    return original.forward(module, args[0])
                 output = self.by_plan(module, args[0])
                 if output is not None:
                     return output
@@ -73,12 +61,6 @@ class UnaryRule(Rule):
             return original.forward(module, *args, **kwargs)
 
         return {"forward": forward}
-
-    def leaves(self, input: Any) -> bool:
-        """Whether the original forward computes this input because it is small."""
-        # A compiler would specialize on the size.
-        is_tensor = type(input) is Tensor and not _is_compiling()
-        return is_tensor and input.is_cpu and input.numel() <= self.most_left
 
     def by_plan(self, module: nn.Module, input: Any) -> Tensor | None:
         """The output by the plan of an earlier call (see `thin`), without further checks; None if there is none, or if
