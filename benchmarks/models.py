@@ -200,7 +200,7 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any
         axis.set_xlim(left=0)
         axis.margins(x=0.15, y=0.25)
         axis.grid(alpha=0.3)
-    figures.legend(figure, axes, 6, "down and left is better")
+    figures.legend(figure, axes, 6 if len(names) > 1 else 3, "down and left is better")
     figures.save(figure, path, about)
 
 
