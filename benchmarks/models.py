@@ -110,13 +110,13 @@ def runs(sized: Model, device: str, compiled: bool) -> Iterator[Run]:
 
 def largest_batch(run: Run, batch: int, budget: int, device: str) -> int:
     """The largest batch whose step needs at most `budget` bytes, found by running steps, first of `batch`."""
-    low, high, first = 0, None, batch
+    low, high = 0, None
     while high is None or high - low > 1:
         needed = run.peak(batch, device)
         low, high = (batch, high) if needed <= budget else (low, batch)
         # The need of a step is nearly linear in the batch: the next guess is the batch that would meet the budget.
         guess = int(batch * budget / needed)
-        batch = min(max(guess, low + 1), high - 1 if high else 8 * first)
+        batch = min(max(guess, low + 1), high - 1 if high else 8 * batch)
     return low
 
 
