@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from .discarded_outputs import (
     maps,  # noqa: F401, the fixture image
     normed,
     rows,  # noqa: F401, the fixture x
+    same_bits,
     shows_saved,
 )
 
@@ -246,3 +248,32 @@ def test_products_under_autocast(x: Tensor) -> None:
     kept = kept_bytes(recompute.discard_outputs(products=True)(call))
     assert kept == UNIT // 2 + 3 * WIDTH * WIDTH * 2 + 2 * WIDTH * 2
     assert_unchanged(call, [x, *p.values()], products=True)
+
+
+class Labelled(torch.autograd.Function):
+    """Twice the input. The node has attributes of its own, named like methods of nodes."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.name = ctx._sequence_nr = "doubled"
+        return input * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        assert ctx.name == "doubled"
+        return grad * 2
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_attributes_that_a_model_gives_its_nodes(products: bool) -> None:
+    x, weight = torch.randn(4, 6, requires_grad=True), torch.randn(6, 6, requires_grad=True)
+
+    def output() -> Tensor:
+        doubled = Labelled.apply(x.sin())
+        return (torch.sigmoid(Labelled.apply(doubled + x)) * doubled) @ weight
+
+    expected = torch.autograd.grad(output().sum(), (x, weight))
+    with recompute.discard_outputs(products=products):
+        found = output()
+    for mine, theirs in zip(torch.autograd.grad(found.sum(), (x, weight)), expected, strict=True):
+        assert same_bits(mine, theirs)

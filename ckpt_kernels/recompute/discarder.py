@@ -16,6 +16,7 @@ from .active import has_innermost_hooks
 from .announcements import Announced, Announcement, Packed, Total, copied_if_sharded, share_memory_with
 from .cells import Cell, Kept, Operand, OuterPacked, Unwritten, is_plain, version_watch
 from .entries import Block, Entry, watch_of
+from .nodes import name_of
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Layout, Recipe, Step, geometry_of, layout_of, recipe_of_step
 from .rules import BY_RESULT, RULES_AND_EXPERTS, RULES_AND_PRODUCTS
@@ -155,7 +156,7 @@ class Discarder(State):
         else:
             content, watch = self._kept(tensor)
         cell = Cell(content, self, tensor._version, watch)
-        cell.is_clone = node is not None and node.name() == "CloneBackward0"
+        cell.is_clone = node is not None and name_of(node) == "CloneBackward0"
         if isinstance(source, Tensor):
             register_keeper(source, tensor, cell)
         return cell, isinstance(source, Tensor)
@@ -236,7 +237,7 @@ class Discarder(State):
         node = root.grad_fn
         if node is None:
             return None
-        name = node.name()
+        name = name_of(node)
         rules = self.rules
         if rules is RULES_AND_PRODUCTS and (self.announced is None or not self.announced.is_elementwise):
             rules = RULES_AND_EXPERTS

@@ -73,7 +73,7 @@ class Trace:
 
         `is_unwritten` says that the output, and so any base of it, has had no in-place write.
         """
-        rule = self._rules.get(node.name())
+        rule = self._rules.get(nodes.name_of(node))
         self._steps += 1
         # An op that ran before the context may have read a parameter that has been written to since.
         is_within = nodes.is_made_since(node, self._source.first_node)
@@ -95,7 +95,7 @@ class Trace:
         operands: list[Any] = []
         note = nodes.noted(node)
         notes = note if len(note) == len(edges) else (None,) * len(edges)
-        are_unwritten = bool(note) or (is_unwritten and node.name() in VIEWS)
+        are_unwritten = bool(note) or (is_unwritten and nodes.name_of(node) in VIEWS)
         for edge, content, noted_operand in zip(edges, packed, notes, strict=True):
             if isinstance(content, Cell) and not content.is_unwritten():
                 return None
@@ -158,7 +158,7 @@ class Trace:
             if block is not None:
                 return nodes, block if nodes and output == 0 else None
             # A view, or a tensor that shares the memory and has a version counter of its own, is no write.
-            if output != 0 or node.name() not in WRITERS:
+            if output != 0 or nodes.name_of(node) not in WRITERS:
                 break
             nodes.append(node)
             node, output = node.next_functions[0]
@@ -171,7 +171,7 @@ class Trace:
 
     def learn_operands(self, node: Any) -> None:
         """Stores the cells of a node's operands, if the node saves several operands and wrote over none."""
-        rule = self._rules[node.name()]
+        rule = self._rules[nodes.name_of(node)]
         if rule.saved is None or len(rule.saved) < 2 or rule.saved[1] is None:
             return
         edges = node.next_functions
@@ -182,7 +182,7 @@ class Trace:
             if cell.version == 0 and cell.is_unwritten():
                 self._edge_contents[edge] = cell
         for (maker, _), cell in cells:
-            if len(cells) > 1 and maker is not None and maker.name() in BY_RESULT:
+            if len(cells) > 1 and maker is not None and nodes.name_of(maker) in BY_RESULT:
                 self._replace_result(maker, cell)
 
     def _replace_result(self, node: Any, cell: Cell) -> None:
@@ -220,7 +220,7 @@ class Trace:
         block = self._block(node)
         if block is not None:
             return self._shared(block) if output == 0 and block.is_unwritten() else None
-        name = node.name()
+        name = nodes.name_of(node)
         saved_result = _saved_result(node, output)
         if saved_result is not None and saved_result.is_unwritten():
             return self._shared(saved_result)
@@ -264,7 +264,7 @@ class Trace:
     def _stacked_weight(self, edge: Edge) -> Operand | None:
         """The stacked weight at an edge, whose rows the op gathered. The weight itself is read, without a copy."""
         node, _ = edge
-        weight = node.variable if node is not None and node.name() == nodes.LEAF else None
+        weight = node.variable if node is not None and nodes.name_of(node) == nodes.LEAF else None
         if not isinstance(weight, nn.Parameter) or not self._source.stacked.is_unchanged(weight):
             return None
         self.is_grounded = True
@@ -273,7 +273,7 @@ class Trace:
 
 def _saved_result(node: Any, output: int) -> Cell | None:
     """The cell of a node that saves this output."""
-    name = node.name()
+    name = nodes.name_of(node)
     if name in BY_RESULT or name in KEEPING_RESULT:
         return nodes.result_cell(node)
     if name in ATTENTIONS and output == 0:
@@ -288,8 +288,10 @@ def _wrote_over_operand(node: Any, version: int) -> bool:
     If a node writes over a tensor that the gradient needs, torch saves a clone of the tensor. The node has no edge to
     the clone.
     """
-    rule = RULES.get(node.name())
+    rule = RULES.get(nodes.name_of(node))
     if version != 1 or rule is None or rule.saved != ("self",):
         return False
     content = nodes.packed(node, "self")
-    return isinstance(content, Cell) and content.is_clone and node.next_functions[0][0].name() != "CloneBackward0"
+    if not isinstance(content, Cell) or not content.is_clone:
+        return False
+    return nodes.name_of(node.next_functions[0][0]) != "CloneBackward0"

@@ -13,7 +13,7 @@ namespace {
 PyObject *strided = nullptr, *float32 = nullptr;
 long longest_chain = 0;
 
-PyObject *of_cdata, *of_discard, *of_name, *of_pack, *of_recomputed_block, *nothing_served;
+PyObject *of_cdata, *of_discard, *of_pack, *of_recomputed_block, *nothing_served;
 
 // The value under a key of a dict; null, perhaps with an error, if there is none.
 Owned held_under(PyObject* dict, const Owned& key) {
@@ -59,7 +59,7 @@ class Packing {
     }
     if (entry_) return claimed;
     const Owned node = tensor_members.grad_fn.of(root);
-    const Owned name = called(node.get(), of_name);
+    const Owned name = name_of_node(node);
     if (!name || !has_no_recipe(root, node, name)) return unclear;
     is_clone_ = root == tensor_ && PyUnicode_CompareWithASCIIString(name.get(), "CloneBackward0") == 0;
     return kept;
@@ -228,7 +228,6 @@ bool prepare_cells() {
   nothing_served = PyLong_FromLong(-1);
   return nothing_served && prepare_names({{&of_cdata, "_cdata"},
                                           {&of_discard, "discard"},
-                                          {&of_name, "name"},
                                           {&of_pack, "pack"},
                                           {&of_recomputed_block, "recomputed_block"}});
 }

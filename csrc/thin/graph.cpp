@@ -34,7 +34,7 @@ Edge edge_at(PyObject* edges, Py_ssize_t place) {
   if (!pair || !PyTuple_Check(pair) || PyTuple_Size(pair) != 2) return edge;
   edge.node = shared(PyTuple_GetItem(pair, 0));
   edge.output = PyLong_AsLong(PyTuple_GetItem(pair, 1));
-  if (!edge.node.is(Py_None)) edge.name = called(edge.node.get(), of_name);
+  if (!edge.node.is(Py_None)) edge.name = name_of_node(edge.node);
   return edge;
 }
 
@@ -227,6 +227,12 @@ Answer has_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules, boo
   if (!is_written) return search.of(std::move(first));
   if (PyDict_GetItemWithError(rules, name)) return search.is_written_by_others(first.node, name);
   return PyErr_Occurred() ? failed : yes;
+}
+
+Owned name_of_node(const Owned& node) {
+  PyObject* type = node ? reinterpret_cast<PyObject*>(Py_TYPE(node.get())) : nullptr;
+  const Owned name = attribute(type, of_name);
+  return Owned(name ? PyObject_CallFunctionObjArgs(name.get(), node.get(), nullptr) : nullptr);
 }
 
 void read_graph_by(const GraphNames& given) {
