@@ -151,18 +151,18 @@ class Trace:
 
     def _nodes_to_block(self, node: Any) -> tuple[list[Any], Block | None]:
         """The nodes from `node` to that of a block, following the first edge of each."""
-        nodes: list[Any] = []
+        writers: list[Any] = []
         output = 0
-        while node is not None and len(nodes) <= MOST_WRITES:
+        while node is not None and len(writers) <= MOST_WRITES:
             block = self._block(node)
             if block is not None:
-                return nodes, block if nodes and output == 0 else None
+                return writers, block if writers and output == 0 else None
             # A view, or a tensor that shares the memory and has a version counter of its own, is no write.
             if output != 0 or nodes.name_of(node) not in WRITERS:
                 break
-            nodes.append(node)
+            writers.append(node)
             node, output = node.next_functions[0]
-        return nodes, None
+        return writers, None
 
     def _block(self, node: Any) -> Block | None:
         """The `Block` on a node, if it belongs to this context."""
