@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor
 
+import ckpt_kernels
 from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
 
@@ -277,3 +278,26 @@ def test_attributes_that_a_model_gives_its_nodes(products: bool) -> None:
         found = output()
     for mine, theirs in zip(torch.autograd.grad(found.sum(), (x, weight)), expected, strict=True):
         assert same_bits(mine, theirs)
+
+
+class Shifted(torch.nn.Module):
+    """Three shifts, and the activations of the result and of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (torch.nn.Parameter(torch.rand(64)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(x)
+        return TF.gelu(x + self.first + self.second + self.third) + TF.gelu(x)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_copies_of_biases_are_smaller_than_what_they_save(count: int) -> None:
+    model, x = Shifted().to(DEVICE), torch.randn(count, 64, device=DEVICE, requires_grad=True)
+    plain = kept_bytes(lambda: model(x))
+    ckpt_kernels.convert(model)
+    kept = kept_bytes(lambda: model(x))
+    assert kept <= plain
+    # With enough rows, the copies take the place of the shifted tensor.
+    assert (kept < plain) == (count == 8)

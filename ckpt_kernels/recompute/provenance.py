@@ -51,8 +51,9 @@ class Source(Protocol):
 class Trace:
     """One traversal of the autograd graph behind a tensor.
 
-    `rules` are the ops that may run again. Recipes copy at most `most_copied` bytes of small operands. With
-    `temporaries`, an operand that nothing keeps is recomputed without proof that there was no in-place write.
+    `rules` are the ops that may run again. A recipe copies at most `most_copied` bytes of biases and small operands, so
+    that it keeps less than the tensor, however few rows there are. With `temporaries`, an operand that nothing keeps is
+    recomputed without proof that there was no in-place write.
     """
 
     def __init__(self, source: Source, rules: Mapping[str, Rule], temporaries: bool, most_copied: int) -> None:
@@ -91,7 +92,7 @@ class Trace:
             self._trusted.append(edges[0][0])
         cast = rule.autocast_operand
         if cast is not None and cast < len(edges) and nodes.is_cast_by_autocast(edges[cast][0]):
-            packed[cast] = self._pack(self._source.biases.cast(edges[cast][0], self._source.first_node))
+            packed[cast] = self._copied(self._source.biases.cast(edges[cast][0], self._source.first_node))
         operands: list[Any] = []
         note = nodes.noted(node)
         notes = note if len(note) == len(edges) else (None,) * len(edges)
@@ -113,7 +114,7 @@ class Trace:
         # Small operands are copied last, once all other operands are found.
         for place, operand in enumerate(operands):
             if isinstance(operand, SmallOperand):
-                operands[place] = self._copied_small(operand)
+                operands[place] = self._copied(operand.copied() if operand.owner is self._source else None)
                 if operands[place] is None:
                     return None
         for content in () if rule.extras is None else nodes.packed_extras(node, rule.extras):
@@ -225,7 +226,7 @@ class Trace:
         if saved_result is not None and saved_result.is_unwritten():
             return self._shared(saved_result)
         if name == nodes.LEAF:
-            return self._pack(self._source.biases.copied(node.variable))
+            return self._copied(self._source.biases.copied(node.variable))
         # The strides of a clone are unknown, and a reader may depend on them.
         is_clone = name == "CloneBackward0"
         is_unwritten = is_unwritten or (nodes.is_watched(node, output) and not is_clone)
@@ -243,23 +244,19 @@ class Trace:
 
     def _operand_at_or_small(self, edge: Edge, is_unwritten: bool, small: SmallOperand | None) -> Any:
         """The operand at an edge; if there is none, the noted small operand."""
-        state = self._steps, self.is_grounded
+        state = self._steps, self.is_grounded, self._most_copied
         operand = self._operand_at(edge, is_unwritten)
         if operand is None and small is not None:
-            self._steps, self.is_grounded = state
+            self._steps, self.is_grounded, self._most_copied = state
             return small
         return operand
 
-    def _copied_small(self, small: SmallOperand) -> Operand | None:
-        """A copy of a small operand, within the limit of copied bytes."""
-        copy = small.copied() if small.owner is self._source else None
+    def _copied(self, copy: Tensor | None) -> Cell | None:
+        """A copy as an operand, within the limit of copied bytes."""
         if copy is None or copy.nbytes > self._most_copied:
             return None
         self._most_copied -= copy.nbytes
         return self._source.pack(copy)
-
-    def _pack(self, copy: Tensor | None) -> Cell | None:
-        return None if copy is None else self._source.pack(copy)
 
     def _stacked_weight(self, edge: Edge) -> Operand | None:
         """The stacked weight at an edge, whose rows the op gathered. The weight itself is read, without a copy."""
