@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fast_path
 from .active import has_innermost_hooks
 from .announcements import Announced, Announcement, Packed, Total, copied_if_sharded, share_memory_with
 from .cells import Cell, Kept, Operand, OuterPacked, Unwritten, is_plain, version_watch
@@ -246,6 +247,9 @@ class Discarder(State):
         # A recomputed copy would lose the tangent.
         if tensor.dtype != root.dtype or torch.autograd.forward_ad._current_level >= 0:
             return None
+        is_usual = name in BY_RESULT and not root._version and not self.held
+        if is_usual and fast_path.keeps_result(self, node, name, rules):
+            return root
         trace = Trace(self, rules, self.temporaries, root.nbytes // COPIED)
         version = root._version
         if not version:

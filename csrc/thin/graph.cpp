@@ -69,6 +69,16 @@ class Search {
     return answer;
   }
 
+  // The same for a node that saves its result: the recipe may not read the result itself.
+  Answer of_result(Edge first) {
+    Answer answer = is_without_rule(first.name.get());
+    const Owned nothing_saved(answer == no ? PyTuple_New(0) : nullptr);
+    if (!nothing_saved) return answer == no ? failed : answer;
+    answer = visit_edges(first, nothing_saved.get());
+    for (Py_ssize_t at = 0; at < count_ && answer == no; ++at) answer = visit(queue_[at]);
+    return answer;
+  }
+
   // Whether such nodes, from this one on, certainly did not make all writes to a block's output.
   Answer is_written_by_others(const Owned& node, PyObject* name) const {
     // A node that saves an operand may save a clone that it wrote over.
@@ -227,6 +237,15 @@ Answer has_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules, boo
   if (!is_written) return search.of(std::move(first));
   if (PyDict_GetItemWithError(rules, name)) return search.is_written_by_others(first.node, name);
   return PyErr_Occurred() ? failed : yes;
+}
+
+Answer has_result_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules, PyObject* discarder) {
+  if (!PyDict_CheckExact(rules)) return no;
+  Search search(rules, discarder);
+  Edge first;
+  first.node = shared(node);
+  first.name = shared(name);
+  return search.of_result(std::move(first));
 }
 
 Owned name_of_node(const Owned& node) {
