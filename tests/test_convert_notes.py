@@ -269,3 +269,37 @@ def test_layer_keeps_input_and_attention_output() -> None:
     assert round(kept["f"] - kept["own"], 1) == 0
     # The concatenated queries.
     assert round(kept["written"] - kept["own"], 1) == 1
+
+
+class Unit:
+    """An object that is no tensor, with a method named like a cast."""
+
+    def to(self, value: Tensor) -> Tensor:
+        return value * 2
+
+
+class WithUnit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.act, self.unit = nn.Linear(8, 16), nn.Linear(16, 8), nn.GELU(), Unit()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.unit.to(value=x) + self.second(self.act(self.first(x)))
+
+
+def test_arguments_of_methods_that_are_no_casts_have_any_name() -> None:
+    model, x = WithUnit().to(DEVICE), torch.randn(4, 8, device=DEVICE)
+    expected = model(x)
+    ckpt_kernels.convert(model, recompute="all")
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("level", ["output", "all"])
+def test_a_last_bias_may_be_written_after_its_use(level: str) -> None:
+    model, x = WithUnit().to(DEVICE), torch.randn(4, 8, device=DEVICE)
+    ckpt_kernels.convert(model, recompute=level)
+    output = model(x)
+    with torch.no_grad():
+        model.second.bias.mul_(0.5)
+    output.sum().backward()
+    torch.testing.assert_close(model.second.bias.grad, torch.full((8,), 4.0, device=DEVICE))

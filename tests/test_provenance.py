@@ -2,12 +2,14 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as TF
 from torch import Tensor
 
+import ckpt_kernels
 from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
 
@@ -24,6 +26,7 @@ from .discarded_outputs import (
     maps,  # noqa: F401, the fixture image
     normed,
     rows,  # noqa: F401, the fixture x
+    same_bits,
     shows_saved,
 )
 
@@ -246,3 +249,55 @@ def test_products_under_autocast(x: Tensor) -> None:
     kept = kept_bytes(recompute.discard_outputs(products=True)(call))
     assert kept == UNIT // 2 + 3 * WIDTH * WIDTH * 2 + 2 * WIDTH * 2
     assert_unchanged(call, [x, *p.values()], products=True)
+
+
+class Labelled(torch.autograd.Function):
+    """Twice the input. The node has attributes of its own, named like methods of nodes."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.name = ctx._sequence_nr = "doubled"
+        return input * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        assert ctx.name == "doubled"
+        return grad * 2
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_attributes_that_a_model_gives_its_nodes(products: bool) -> None:
+    x, weight = torch.randn(4, 6, requires_grad=True), torch.randn(6, 6, requires_grad=True)
+
+    def output() -> Tensor:
+        doubled = Labelled.apply(x.sin())
+        return (torch.sigmoid(Labelled.apply(doubled + x)) * doubled) @ weight
+
+    expected = torch.autograd.grad(output().sum(), (x, weight))
+    with recompute.discard_outputs(products=products):
+        found = output()
+    for mine, theirs in zip(torch.autograd.grad(found.sum(), (x, weight)), expected, strict=True):
+        assert same_bits(mine, theirs)
+
+
+class Shifted(torch.nn.Module):
+    """Three shifts, and the activations of the result and of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (torch.nn.Parameter(torch.rand(64)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(x)
+        return TF.gelu(x + self.first + self.second + self.third) + TF.gelu(x)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_copies_of_biases_are_smaller_than_what_they_save(count: int) -> None:
+    model, x = Shifted().to(DEVICE), torch.randn(count, 64, device=DEVICE, requires_grad=True)
+    plain = kept_bytes(lambda: model(x))
+    ckpt_kernels.convert(model)
+    kept = kept_bytes(lambda: model(x))
+    assert kept <= plain
+    # With enough rows, the copies take the place of the shifted tensor.
+    assert (kept < plain) == (count == 8)

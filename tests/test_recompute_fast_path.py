@@ -22,6 +22,7 @@ from ckpt_kernels.recompute.announcements import Announced
 from ckpt_kernels.recompute.cells import Cell, Kept
 from ckpt_kernels.recompute.discarder import Discarder
 from ckpt_kernels.recompute.entries import Block, Entries, Entry
+from ckpt_kernels.recompute.provenance import Trace
 from ckpt_kernels.recompute.recipes import LONGEST_CHAIN, Claim, Recipe, geometry_of, layout_of
 
 from .discarded_outputs import Parameters, model_of_all, random_tensor, same_bits, shows_saved
@@ -679,3 +680,23 @@ def test_objects_made_in_c_have_every_slot() -> None:
     kept = next(cell for _, _, cell in cells_of(read) if isinstance(cell.content, Kept))
     for made in (claim, claim.recipe, block, block.entry, kept, kept.content):
         assert not [name for name in type(made).__slots__ if name != "__weakref__" and not hasattr(made, name)]
+
+
+def test_gates_of_a_sum_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gates of a recurrent cell: nothing keeps their operands, which is found without a trace in Python."""
+    x, weight = random_tensor(4, 32, seed=1).requires_grad_(), nn.Parameter(random_tensor(128, 32))
+
+    def gated() -> Tensor:
+        first, second, third, fourth = (TF.linear(x, weight) + TF.linear(x, weight)).chunk(4, -1)
+        return torch.sigmoid(first) * TF.linear(x, weight[:32]) + torch.sigmoid(second) * torch.tanh(third) + fourth
+
+    with python_only(), recompute.discard_outputs():
+        expected = gated()
+    traced: list[Any] = []
+    step_for = Trace.step_for
+    monkeypatch.setattr(Trace, "step_for", lambda self, node, *rest: traced.append(node) or step_for(self, node, *rest))
+    with recompute.discard_outputs():
+        found = gated()
+    assert not traced
+    kinds = [[(node, name, type(cell.content)) for node, name, cell in cells_of(each)] for each in (found, expected)]
+    assert kinds[0] == kinds[1]

@@ -395,3 +395,19 @@ def test_layers_with_named_tuples_are_in_no_run() -> None:
 def test_the_level_within_a_checkpoint_is_output() -> None:
     net = nn.Sequential(nn.Linear(WIDTH, WIDTH))
     assert Levels(net, {"0": "checkpoint"}).of(net[0]) == "output"
+
+
+@pytest.mark.parametrize("tree", (ONE, NESTED, Tree([[["none"] * 2], "output"])), ids=("one", "nested", "deeply"))
+def test_a_layer_that_asks_for_gradients_in_its_forward_pass(tree: Tree) -> None:
+    def forward(self: FunctionLayer, x: Tensor) -> Tensor:
+        z = x.detach().requires_grad_()
+        (inner,) = torch.autograd.grad(self.linear(z).sigmoid().square().sum(), z, create_graph=True)
+        return (x + inner).sin()
+
+    torch.manual_seed(0)
+    layers = [FunctionLayer(forward) for _ in tree.found]
+    net = Net(0)
+    net.layers = nn.ModuleList(layers)
+    expected = derived(net)
+    for mine, theirs in zip(derived(by_tree(layers, tree)), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as TF
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import ckpt_kernels
 from ckpt_kernels import functional as F
@@ -265,3 +267,32 @@ def test_bad_numbers_of_tiles_are_an_error(tiles: object) -> None:
             call()
     with pytest.raises(ValueError, match="tiles is 2 and recompute is 'block'"):
         F.mlp(x, x, None, x, None, tiles=2, recompute="block")
+
+
+class Part(torch.nn.Module):
+    """A layer that checkpoints a method that is no forward, and an MLP of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(8, 32), torch.nn.Linear(32, 8)
+        self.own = ckpt_kernels.nn.MLP(8, 32, recompute="output")
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(TF.gelu(self.up(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + checkpoint(self.mlp, x, use_reentrant=False)
+        return x + checkpoint(lambda x: self.own(x), x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("level", ["output", "all", "layer"])
+def test_a_part_that_the_model_checkpoints_itself(level: str) -> None:
+    model, x = torch.nn.Sequential(Part(), Part()).to(DEVICE), torch.randn(6, 8, device=DEVICE)
+    tiled = copy.deepcopy(model)
+    ckpt_kernels.convert(tiled, recompute=level, tiles=3)
+    for module in (model, tiled):
+        module(x).square().sum().backward()
+    for mine, theirs in zip(tiled.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    # Outside of the model's forward, as in the second pass of the checkpoint, the method computes in tiles too.
+    assert products(lambda: tiled[0].mlp(x)) > products(lambda: model[0].mlp(x))

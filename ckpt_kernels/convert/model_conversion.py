@@ -92,7 +92,7 @@ class ModelConversion(LeafConverter):
             rule, reason = rewritten_methods_of(module, self.levels.of(module), self.selection.covers)
         self.unread[module] = reason
         if rule is not None:
-            self.apply(name, module, rule)
+            self.apply(name, module, rule, self._tiling(name))
         elif looks_like_mlp(module, self.selection.covers):
             self.leave(name, module, reason or _ONE_BY_ONE)
 
@@ -139,9 +139,7 @@ class ModelConversion(LeafConverter):
         whole, is_named = self.levels.whole, module in self.levels.named
         policy, places = self.levels.named.get(module, (whole, ()))
         may_repeat = module not in self.above and not any(map(may_not_repeat, modules_of(module)))
-        # Either every root has a number of tiles or none, because roots are nested in each other.
-        if self.tiles != 1 or self.levels.has_tiles:
-            yield InTiles(policy.tiles or self.tiles)
+        yield from self._tiling(self.names[module])
         if whole.level == "block":
             yield converting_late_modules
         elif is_named:
@@ -153,6 +151,16 @@ class ModelConversion(LeafConverter):
                 yield checkpointing_selectively
         if is_named and policy.is_offloaded:
             yield self.offloading
+
+    def _tiling(self, name: str) -> tuple[ForwardContext, ...]:
+        """The context with the number of tiles of a module, by the nearest module around that has a level."""
+        # Either every module has a number of tiles or none, because roots are nested in each other.
+        if self.tiles == 1 and not self.levels.has_tiles:
+            return ()
+        policies = {self.names[module]: policy for module, (policy, _) in self.levels.named.items()}
+        while name and name not in policies:
+            name = name.rpartition(".")[0]
+        return (InTiles(policies.get(name, self.levels.whole).tiles or self.tiles),)
 
     def _set_contexts(self, module: nn.Module, contexts: tuple[ForwardContext, ...]) -> None:
         rule = rule_of(module)

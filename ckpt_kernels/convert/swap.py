@@ -27,7 +27,7 @@ from .late_modules import late_conversion_of
 from .native_guards import ACTIVATION, are_same
 from .operands import is_called_plainly
 from .rules.rule import ContextOnly, Rule
-from .wrappers import in_context, method_bindings, unless_patched
+from .wrappers import in_context, method_bindings, unless_patched, with_tiles
 
 # Attributes of a converted class: the `Conversion`, and the bindings of the forward and of all methods of the original
 # class that the rule replaces.
@@ -209,7 +209,7 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
     if "__annotations__" in vars(original):
         members["__annotations__"] = vars(original)["__annotations__"]
     for name, method in rule.methods(original).items():
-        members[name] = unless_patched(methods[name], method)
+        members[name] = unless_patched(methods[name], with_tiles(contexts, method))
     for context in contexts:
         members["forward"] = in_context(original, context, members.get("forward"))
     with contextlib.suppress(TypeError, ValueError):  # some classes have no signature

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .code.source import NoSource, decorator_chain
-from .forward_contexts import ForwardContext
+from .forward_contexts import ForwardContext, InTiles
 from .native_guards import Binding, are_same, native_same_check
 from .rules.rule import Forward
 
@@ -74,6 +74,21 @@ def in_context(original: type[nn.Module], context: ForwardContext, forward: Forw
         return _ckpt_context(_ckpt_forward or _ckpt_original.forward, self, args, kwargs)
 
     return call
+
+
+def with_tiles(contexts: Sequence[ForwardContext], method: Forward) -> Forward:
+    """A replacement that sets the number of tiles itself, if the contexts have a number.
+
+    A model's own checkpoint may call any method again, outside of the contexts around the model's forward.
+    """
+    for context in contexts:
+        if isinstance(context, InTiles):
+            return functools.partial(_call_in, context, method)
+    return method
+
+
+def _call_in(context: ForwardContext, method: Forward, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    return context(method, module, args, kwargs)
 
 
 def _in_place_of(method: Forward) -> Callable[[Forward], Forward]:

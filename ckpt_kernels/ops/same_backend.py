@@ -43,10 +43,16 @@ def same_backend_function(function: type[torch.autograd.Function]) -> type[torch
 
     def checked_forward(ctx: Any, *arguments: Any) -> Any:
         ctx.backend = backends.chosen()
+        result = forward(ctx, *arguments)
         if not torch.compiler.is_compiling():
             parameters = [a for a in arguments if type(a) not in _NO_PARAMETERS and isinstance(a, nn.Parameter)]
-            ctx.biases = [(p, p._version) for p in parameters if p.dim() == 1 and not p.is_inference()]
-        return forward(ctx, *arguments)
+            biases = [p for p in parameters if p.dim() == 1 and not p.is_inference()]
+            # The others are not read again.
+            saved = (
+                {id(t if t._base is None else t._base) for t in ctx.to_save or () if t is not None} if biases else ()
+            )
+            ctx.biases = [(p, p._version) for p in biases if id(p) in saved]
+        return result
 
     def checked_backward(ctx: Any, *gradients: Any) -> Any:
         # A compiler only traces this function. The traced graph runs later in any case.

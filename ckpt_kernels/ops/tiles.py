@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..recompute.active import top_hooks
 from .accumulate import add_product, add_sum, buffer_for
 from .composition import by_composition
 from .linear import announce_product, linear_block_linear, record_if
@@ -23,7 +24,9 @@ from .same_backend import same_backend_function
 
 
 class _Thread(threading.local):
+    # The number of tiles, and the saved-tensor hooks in which the number was set.
     tiles = 1
+    hooks: Any = None
 
 
 _thread = _Thread()
@@ -31,17 +34,24 @@ _thread = _Thread()
 
 @contextlib.contextmanager
 def in_tiles(tiles: int) -> Iterator[None]:
-    """A context in which MLPs on this thread use this many tiles, unless a call gives the number."""
-    outer, _thread.tiles = _thread.tiles, tiles
+    """A context in which MLPs on this thread use this many tiles, unless a call gives the number.
+
+    Within foreign saved-tensor hooks that begin inside, there is one tile: a checkpoint that begins here runs again
+    elsewhere, and must save the same tensors.
+    """
+    outer = _thread.tiles, _thread.hooks
+    _thread.tiles, _thread.hooks = tiles, top_hooks()
     try:
         yield
     finally:
-        _thread.tiles = outer
+        _thread.tiles, _thread.hooks = outer
 
 
 def tiles_now() -> int:
     """The number of tiles for MLPs whose call does not give the number."""
-    return _thread.tiles
+    if _thread.tiles == 1 or torch.compiler.is_compiling():
+        return _thread.tiles
+    return _thread.tiles if top_hooks() == _thread.hooks else 1
 
 
 def _bounds(rows: int, tiles: int) -> list[tuple[int, int]]:

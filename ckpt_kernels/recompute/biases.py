@@ -24,7 +24,7 @@ class Biases:
     def copied(self, leaf: Tensor) -> Tensor | None:
         """A copy of a bias that is unchanged; None for other tensors.
 
-        The copy is small beside the rows, and optimizer steps and sharding do not change the copy.
+        Optimizer steps and sharding do not change the copy.
         """
         is_bias = isinstance(leaf, nn.Parameter) and leaf.dim() < 2 and type(leaf.data) is Tensor
         return leaf.detach().clone() if is_bias and self.is_unchanged(leaf) else None

@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 from .entries import block_of
+from .nodes import name_of
 from .recipes import Layout, Recipe
 from .rules import VIEWS
 
@@ -16,13 +17,13 @@ _COPY = "ckpt_kernels copy"
 
 def copied_view(node: Any) -> Any:
     """The node of the view that a node's output is a copy of, in another shape; None for other nodes."""
-    if node.name() != "UnsafeViewBackward0":
+    if name_of(node) != "UnsafeViewBackward0":
         return None
     clone, output = node.next_functions[0]
-    if clone is None or output or clone.name() != "CloneBackward0":
+    if clone is None or output or name_of(clone) != "CloneBackward0":
         return None
     view, output = clone.next_functions[0]
-    return view if view is not None and not output and view.name() in VIEWS else None
+    return view if view is not None and not output and name_of(view) in VIEWS else None
 
 
 def recipe_of_copy(view: Any, layout: Layout, owner: Any) -> Recipe | None:
@@ -33,7 +34,7 @@ def recipe_of_copy(view: Any, layout: Layout, owner: Any) -> Recipe | None:
     if recipe is None:
         return None
     output = 0
-    while view is not None and view.name() in VIEWS:
+    while view is not None and name_of(view) in VIEWS:
         view, output = view.next_functions[0]
     block = None if output else block_of(view)
     return recipe if block is not None and block.owner is owner and block.is_unwritten() else None

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fast_path
 from .active import has_innermost_hooks
 from .announcements import Announced, Announcement, Packed, Total, copied_if_sharded, share_memory_with
 from .cells import Cell, Kept, Operand, OuterPacked, Unwritten, is_plain, version_watch
 from .copies import copied_view, note_copy, recipe_of_copy
 from .entries import Block, Entry, watch_of
+from .nodes import name_of
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Layout, Recipe, Step, geometry_of, layout_of, recipe_of_step
 from .rules import BY_RESULT, RULES_AND_EXPERTS, RULES_AND_PRODUCTS
@@ -156,7 +158,7 @@ class Discarder(State):
         else:
             content, watch = self._kept(tensor)
         cell = Cell(content, self, tensor._version, watch)
-        cell.is_clone = node is not None and node.name() == "CloneBackward0"
+        cell.is_clone = node is not None and name_of(node) == "CloneBackward0"
         if isinstance(source, Tensor):
             register_keeper(source, tensor, cell)
         return cell, isinstance(source, Tensor)
@@ -237,7 +239,7 @@ class Discarder(State):
         node = root.grad_fn
         if node is None:
             return None
-        name = node.name()
+        name = name_of(node)
         rules = self.rules
         if rules is RULES_AND_PRODUCTS and (self.announced is None or not self.announced.is_elementwise):
             rules = RULES_AND_EXPERTS
@@ -246,6 +248,9 @@ class Discarder(State):
         # A recomputed copy would lose the tangent.
         if tensor.dtype != root.dtype or torch.autograd.forward_ad._current_level >= 0:
             return None
+        is_usual = name in BY_RESULT and not root._version and not self.held
+        if is_usual and fast_path.keeps_result(self, node, name, rules):
+            return root
         version = root._version
         view = None if version or self.held else copied_view(node)
         recipe = None if view is None else recipe_of_copy(view, layout_of(root), self)

@@ -6,13 +6,14 @@ block's node keeps. C (unpacking.cpp) unpacks kept tensors, and runs such recipe
 cases the Python code runs, also after an error in C, so that a recipe that raises runs twice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .cells import Cell
+from .rules import Rule
 
 if TYPE_CHECKING:
     from .discarder import Discarder
@@ -40,3 +41,9 @@ def storage_reference(tensor: Tensor) -> Any:
 def biases(module: nn.Module) -> "dict[int, tuple[nn.Parameter, int, int]] | None":
     """The result of `biases.versions_in`; None where Python must compute it."""
     return None if library is None else library.biases(module)
+
+
+def keeps_result(discarder: "Discarder", node: Any, name: str, rules: Mapping[str, Rule]) -> bool:
+    """Whether there is certainly no recipe for the result, never written to, of a node that saves the result: the usual
+    outcome in recurrent loops. False without the library."""
+    return library is not None and library.keeps_result(discarder, node, name, rules)

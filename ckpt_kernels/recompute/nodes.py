@@ -39,6 +39,15 @@ class Result(NamedTuple):
     keepers: list[tuple["weakref.ref[Cell]", Geometry]]
 
 
+def name_of(node: Any) -> str:
+    """The name of a node, which tells the op that the node differentiates.
+
+    The method is that of the node's class. The node of an `autograd.Function` is the `ctx` that a model may give any
+    attributes, such as a `name`; torch's properties, such as `metadata`, cannot be set.
+    """
+    return type(node).name(node)
+
+
 def packed_operands(node: Any, rule: Rule, edges: Sequence[Edge]) -> list[Any]:
     """The contents of a node for the operands that its rule names."""
     if rule.saved is None:
@@ -123,7 +132,7 @@ def is_made_since(node: Any, first: int) -> bool:
 
     Each thread counts its own nodes. A number that this thread has not reached shows that another thread made the node.
     """
-    return first <= node._sequence_nr() < next_number()
+    return first <= type(node)._sequence_nr(node) < next_number()
 
 
 def note(node: Any, operands: Note) -> None:
@@ -162,8 +171,8 @@ def is_watched(node: Any, output: int) -> bool:
 
 def is_cast_by_autocast(node: Any) -> bool:
     """Whether a node's output is the copy of a parameter that autocast cast."""
-    if node is None or node.name() != "ToCopyBackward0":
+    if node is None or name_of(node) != "ToCopyBackward0":
         return False
     leaf_node = node.next_functions[0][0]
-    is_of_leaf = leaf_node is not None and leaf_node.name() == LEAF
+    is_of_leaf = leaf_node is not None and name_of(leaf_node) == LEAF
     return is_of_leaf and is_autocast(leaf_node.variable)

@@ -51,8 +51,9 @@ class Source(Protocol):
 class Trace:
     """One traversal of the autograd graph behind a tensor.
 
-    `rules` are the ops that may run again. Recipes copy at most `most_copied` bytes of small operands. With
-    `temporaries`, an operand that nothing keeps is recomputed without proof that there was no in-place write.
+    `rules` are the ops that may run again. A recipe copies at most `most_copied` bytes of biases and small operands, so
+    that it keeps less than the tensor, however few rows there are. With `temporaries`, an operand that nothing keeps is
+    recomputed without proof that there was no in-place write.
     """
 
     def __init__(self, source: Source, rules: Mapping[str, Rule], temporaries: bool, most_copied: int) -> None:
@@ -73,7 +74,7 @@ class Trace:
 
         `is_unwritten` says that the output, and so any base of it, has had no in-place write.
         """
-        rule = self._rules.get(node.name())
+        rule = self._rules.get(nodes.name_of(node))
         self._steps += 1
         # An op that ran before the context may have read a parameter that has been written to since.
         is_within = nodes.is_made_since(node, self._source.first_node)
@@ -91,11 +92,11 @@ class Trace:
             self._trusted.append(edges[0][0])
         cast = rule.autocast_operand
         if cast is not None and cast < len(edges) and nodes.is_cast_by_autocast(edges[cast][0]):
-            packed[cast] = self._pack(self._source.biases.cast(edges[cast][0], self._source.first_node))
+            packed[cast] = self._copied(self._source.biases.cast(edges[cast][0], self._source.first_node))
         operands: list[Any] = []
         note = nodes.noted(node)
         notes = note if len(note) == len(edges) else (None,) * len(edges)
-        are_unwritten = bool(note) or (is_unwritten and node.name() in VIEWS)
+        are_unwritten = bool(note) or (is_unwritten and nodes.name_of(node) in VIEWS)
         for edge, content, noted_operand in zip(edges, packed, notes, strict=True):
             if isinstance(content, Cell) and not content.is_unwritten():
                 return None
@@ -113,7 +114,7 @@ class Trace:
         # Small operands are copied last, once all other operands are found.
         for place, operand in enumerate(operands):
             if isinstance(operand, SmallOperand):
-                operands[place] = self._copied_small(operand)
+                operands[place] = self._copied(operand.copied() if operand.owner is self._source else None)
                 if operands[place] is None:
                     return None
         for content in () if rule.extras is None else nodes.packed_extras(node, rule.extras):
@@ -151,18 +152,18 @@ class Trace:
 
     def _nodes_to_block(self, node: Any) -> tuple[list[Any], Block | None]:
         """The nodes from `node` to that of a block, following the first edge of each."""
-        nodes: list[Any] = []
+        writers: list[Any] = []
         output = 0
-        while node is not None and len(nodes) <= MOST_WRITES:
+        while node is not None and len(writers) <= MOST_WRITES:
             block = self._block(node)
             if block is not None:
-                return nodes, block if nodes and output == 0 else None
+                return writers, block if writers and output == 0 else None
             # A view, or a tensor that shares the memory and has a version counter of its own, is no write.
-            if output != 0 or node.name() not in WRITERS:
+            if output != 0 or nodes.name_of(node) not in WRITERS:
                 break
-            nodes.append(node)
+            writers.append(node)
             node, output = node.next_functions[0]
-        return nodes, None
+        return writers, None
 
     def _block(self, node: Any) -> Block | None:
         """The `Block` on a node, if it belongs to this context."""
@@ -171,7 +172,7 @@ class Trace:
 
     def learn_operands(self, node: Any) -> None:
         """Stores the cells of a node's operands, if the node saves several operands and wrote over none."""
-        rule = self._rules[node.name()]
+        rule = self._rules[nodes.name_of(node)]
         if rule.saved is None or len(rule.saved) < 2 or rule.saved[1] is None:
             return
         edges = node.next_functions
@@ -182,7 +183,7 @@ class Trace:
             if cell.version == 0 and cell.is_unwritten():
                 self._edge_contents[edge] = cell
         for (maker, _), cell in cells:
-            if len(cells) > 1 and maker is not None and maker.name() in BY_RESULT:
+            if len(cells) > 1 and maker is not None and nodes.name_of(maker) in BY_RESULT:
                 self._replace_result(maker, cell)
 
     def _replace_result(self, node: Any, cell: Cell) -> None:
@@ -220,12 +221,12 @@ class Trace:
         block = self._block(node)
         if block is not None:
             return self._shared(block) if output == 0 and block.is_unwritten() else None
-        name = node.name()
+        name = nodes.name_of(node)
         saved_result = _saved_result(node, output)
         if saved_result is not None and saved_result.is_unwritten():
             return self._shared(saved_result)
         if name == nodes.LEAF:
-            return self._pack(self._source.biases.copied(node.variable))
+            return self._copied(self._source.biases.copied(node.variable))
         # The strides of a clone are unknown, and a reader may depend on them.
         is_clone = name == "CloneBackward0"
         is_unwritten = is_unwritten or (nodes.is_watched(node, output) and not is_clone)
@@ -243,28 +244,24 @@ class Trace:
 
     def _operand_at_or_small(self, edge: Edge, is_unwritten: bool, small: SmallOperand | None) -> Any:
         """The operand at an edge; if there is none, the noted small operand."""
-        state = self._steps, self.is_grounded
+        state = self._steps, self.is_grounded, self._most_copied
         operand = self._operand_at(edge, is_unwritten)
         if operand is None and small is not None:
-            self._steps, self.is_grounded = state
+            self._steps, self.is_grounded, self._most_copied = state
             return small
         return operand
 
-    def _copied_small(self, small: SmallOperand) -> Operand | None:
-        """A copy of a small operand, within the limit of copied bytes."""
-        copy = small.copied() if small.owner is self._source else None
+    def _copied(self, copy: Tensor | None) -> Cell | None:
+        """A copy as an operand, within the limit of copied bytes."""
         if copy is None or copy.nbytes > self._most_copied:
             return None
         self._most_copied -= copy.nbytes
         return self._source.pack(copy)
 
-    def _pack(self, copy: Tensor | None) -> Cell | None:
-        return None if copy is None else self._source.pack(copy)
-
     def _stacked_weight(self, edge: Edge) -> Operand | None:
         """The stacked weight at an edge, whose rows the op gathered. The weight itself is read, without a copy."""
         node, _ = edge
-        weight = node.variable if node is not None and node.name() == nodes.LEAF else None
+        weight = node.variable if node is not None and nodes.name_of(node) == nodes.LEAF else None
         if not isinstance(weight, nn.Parameter) or not self._source.stacked.is_unchanged(weight):
             return None
         self.is_grounded = True
@@ -273,7 +270,7 @@ class Trace:
 
 def _saved_result(node: Any, output: int) -> Cell | None:
     """The cell of a node that saves this output."""
-    name = node.name()
+    name = nodes.name_of(node)
     if name in BY_RESULT or name in KEEPING_RESULT:
         return nodes.result_cell(node)
     if name in ATTENTIONS and output == 0:
@@ -288,8 +285,10 @@ def _wrote_over_operand(node: Any, version: int) -> bool:
     If a node writes over a tensor that the gradient needs, torch saves a clone of the tensor. The node has no edge to
     the clone.
     """
-    rule = RULES.get(node.name())
+    rule = RULES.get(nodes.name_of(node))
     if version != 1 or rule is None or rule.saved != ("self",):
         return False
     content = nodes.packed(node, "self")
-    return isinstance(content, Cell) and content.is_clone and node.next_functions[0][0].name() != "CloneBackward0"
+    if not isinstance(content, Cell) or not content.is_clone:
+        return False
+    return nodes.name_of(node.next_functions[0][0]) != "CloneBackward0"

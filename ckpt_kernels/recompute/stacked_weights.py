@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .biases import address_of, parameters_in
-from .nodes import LEAF
+from .nodes import LEAF, name_of
 from .rules import VIEWS
 
 # The dimensions of a parameter with stacked matrices; the matrix of a linear layer has two.
@@ -49,9 +49,9 @@ class StackedWeights:
 def reads_stacked_weight(node: Any) -> bool:
     """Whether the second operand of a product is a stacked weight or a part of one, perhaps cast by autocast."""
     maker = node.next_functions[1][0]
-    while maker is not None and (maker.name() in VIEWS or maker.name() == "ToCopyBackward0"):
+    while maker is not None and (name_of(maker) in VIEWS or name_of(maker) == "ToCopyBackward0"):
         maker = maker.next_functions[0][0]
-    return maker is not None and maker.name() == LEAF and _is_stacked(maker.variable)
+    return maker is not None and name_of(maker) == LEAF and _is_stacked(maker.variable)
 
 
 def _is_stacked(weight: nn.Parameter) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .active import discarding, top_hooks
 from .cells import version_error
+from .nodes import name_of
 from .small_operands import fills_memory
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -33,7 +34,7 @@ def _is_copy(tensor: Tensor) -> bool:
 def _dtype_before(tensor: Tensor) -> torch.dtype | None:
     """The dtype that a tensor was cast from, if a cast made the tensor."""
     node: Any = tensor.grad_fn
-    if node is None or node.name() != "ToCopyBackward0":
+    if node is None or name_of(node) != "ToCopyBackward0":
         return None
     maker, output = node.next_functions[0]
     return None if maker is None else maker._input_metadata[output].dtype

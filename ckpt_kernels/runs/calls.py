@@ -62,9 +62,11 @@ class Saved:
 
 
 class Call:
-    """A layer's call, and how to repeat it. The run sets `random`, the state of the generators before the call."""
+    """A layer's call, and how to repeat it. The run sets `random`, the state of the generators before the call, and
+    `reads_own_graph`, whether the layer asked for gradients within its forward pass."""
 
     random: RandomState
+    reads_own_graph = False
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place], held: Held) -> None:
         self.function = function

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,8 +70,15 @@ class Run:
             call.saved.append(weakref.ref(saved))
             return saved
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, Saved.get):
+        is_running = True
+
+        def unpack(saved: Saved) -> Tensor:
+            call.reads_own_graph = call.reads_own_graph or is_running
+            return saved.get()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             output = call.function(*args, **kwargs)
+        is_running = False
         call.written = [buffer for buffer in buffers if buffer.is_written()]
         for number, tensor in enumerate(tensors_among(output)):
             link = Link(len(self._calls) - 1, number)
@@ -202,7 +209,7 @@ class Run:
         if is_last:
             raise _AllSaved
         for call in calls:
-            with torch.autograd.graph.saved_tensors_hooks(_drop, as_is):
+            with _kept_within() if call.reads_own_graph else torch.autograd.graph.saved_tensors_hooks(_drop, as_is):
                 outputs.append(self._outputs_of(call, inputs, outputs))
 
     def _inner_argument(self, recorded: Any, start: int, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> Any:
@@ -232,6 +239,21 @@ def _inner_key(call: Call, depth: int) -> int | None:
     """The key of the inner run that a call belongs to; None if the call belongs to none."""
     inner_places = call.places[depth + 1 :]
     return inner_places[0].key if inner_places else None
+
+
+@contextlib.contextmanager
+def _kept_within() -> Iterator[None]:
+    """A context that keeps all saved tensors, and drops them at its end."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> int:
+        # Detached, because a node that keeps its own output would keep itself alive.
+        kept.append(tensor.detach())
+        return len(kept) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, kept.__getitem__):
+        yield
+    kept.clear()
 
 
 def _drop(tensor: Tensor) -> None:

@@ -13,7 +13,7 @@ namespace {
 PyObject *strided = nullptr, *float32 = nullptr;
 long longest_chain = 0;
 
-PyObject *of_cdata, *of_discard, *of_name, *of_pack, *of_recomputed_block, *nothing_served;
+PyObject *of_cdata, *of_discard, *of_pack, *of_recomputed_block, *nothing_served;
 
 // The value under a key of a dict; null, perhaps with an error, if there is none.
 Owned held_under(PyObject* dict, const Owned& key) {
@@ -59,7 +59,7 @@ class Packing {
     }
     if (entry_) return claimed;
     const Owned node = tensor_members.grad_fn.of(root);
-    const Owned name = called(node.get(), of_name);
+    const Owned name = name_of_node(node);
     if (!name || !has_no_recipe(root, node, name)) return unclear;
     is_clone_ = root == tensor_ && PyUnicode_CompareWithASCIIString(name.get(), "CloneBackward0") == 0;
     return kept;
@@ -203,6 +203,14 @@ PyObject* packer(PyObject*, PyObject* discarder) {
   return PyCFunction_New(&pack_definition, discarder);
 }
 
+PyObject* keeps_result(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  if (count != 4 || !classes.discarder.is_type_of(objects[0]))
+    return PyErr_Format(PyExc_TypeError, "expected (discarder, node, name, rules)");
+  const Answer answer = has_result_surely_no_recipe(objects[1], objects[2], objects[3], objects[0]);
+  if (answer == failed && no_if_exception() == failed) return nullptr;
+  return PyBool_FromLong(answer == yes);
+}
+
 PyObject* set_up_cells(PyObject*, PyObject* arguments) {
   GraphNames names;
   if (!PyArg_ParseTuple(arguments, "OOlO!OOOOOO", &strided, &float32, &longest_chain, &PyDict_Type, &names.saved,
@@ -220,6 +228,9 @@ PyMethodDef methods[] = {
      "set_up_cells(layout, float32, longest_chain, saved, stops, views, writers, private_readers, gathers, "
      "python_node): the layout of dense tensors; a dtype; the length limit of chains of recipes; the names in "
      "graph.h."},
+    {"keeps_result", CKPT_FAST(keeps_result),
+     "keeps_result(discarder, node, name, rules): whether there is certainly no recipe for the result, never written "
+     "to, of a node that saves the result."},
     {"packer", packer, METH_O, "packer(discarder): the discarder's hook `pack`."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -228,7 +239,6 @@ bool prepare_cells() {
   nothing_served = PyLong_FromLong(-1);
   return nothing_served && prepare_names({{&of_cdata, "_cdata"},
                                           {&of_discard, "discard"},
-                                          {&of_name, "name"},
                                           {&of_pack, "pack"},
                                           {&of_recomputed_block, "recomputed_block"}});
 }

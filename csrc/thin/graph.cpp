@@ -34,7 +34,7 @@ Edge edge_at(PyObject* edges, Py_ssize_t place) {
   if (!pair || !PyTuple_Check(pair) || PyTuple_Size(pair) != 2) return edge;
   edge.node = shared(PyTuple_GetItem(pair, 0));
   edge.output = PyLong_AsLong(PyTuple_GetItem(pair, 1));
-  if (!edge.node.is(Py_None)) edge.name = called(edge.node.get(), of_name);
+  if (!edge.node.is(Py_None)) edge.name = name_of_node(edge.node);
   return edge;
 }
 
@@ -65,6 +65,16 @@ class Search {
     if (answer != no) return answer;
     count_ = 1;
     queue_[0] = std::move(first);
+    for (Py_ssize_t at = 0; at < count_ && answer == no; ++at) answer = visit(queue_[at]);
+    return answer;
+  }
+
+  // The same for a node that saves its result: the recipe may not read the result itself.
+  Answer of_result(Edge first) {
+    Answer answer = is_without_rule(first.name.get());
+    const Owned nothing_saved(answer == no ? PyTuple_New(0) : nullptr);
+    if (!nothing_saved) return answer == no ? failed : answer;
+    answer = visit_edges(first, nothing_saved.get());
     for (Py_ssize_t at = 0; at < count_ && answer == no; ++at) answer = visit(queue_[at]);
     return answer;
   }
@@ -227,6 +237,21 @@ Answer has_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules, boo
   if (!is_written) return search.of(std::move(first));
   if (PyDict_GetItemWithError(rules, name)) return search.is_written_by_others(first.node, name);
   return PyErr_Occurred() ? failed : yes;
+}
+
+Answer has_result_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules, PyObject* discarder) {
+  if (!PyDict_CheckExact(rules)) return no;
+  Search search(rules, discarder);
+  Edge first;
+  first.node = shared(node);
+  first.name = shared(name);
+  return search.of_result(std::move(first));
+}
+
+Owned name_of_node(const Owned& node) {
+  PyObject* type = node ? reinterpret_cast<PyObject*>(Py_TYPE(node.get())) : nullptr;
+  const Owned name = attribute(type, of_name);
+  return Owned(name ? PyObject_CallFunctionObjArgs(name.get(), node.get(), nullptr) : nullptr);
 }
 
 void read_graph_by(const GraphNames& given) {

@@ -2,7 +2,7 @@
 // `recompute.provenance`.
 #pragma once
 
-#include "tensors.h"
+#include "owned.h"
 
 namespace ckpt {
 
@@ -15,6 +15,13 @@ namespace ckpt {
 //
 // `name` is the name of the given node. `is_written` says that the output has had in-place writes.
 Answer has_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules, bool is_written, PyObject* discarder);
+
+// The same for the result of a node that saves the result, which had no in-place writes.
+Answer has_result_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules, PyObject* discarder);
+
+// The name of a node, by the method of the node's class: the node of a function in Python is the `ctx` that a model may
+// give an attribute `name`. Null, with an error, for null.
+Owned name_of_node(const Owned& node);
 
 // How nodes are read:
 //

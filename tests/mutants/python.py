@@ -46,14 +46,14 @@ PYTHON = (
     Mutant(
         "an op that ran before the context runs again",
         "ckpt_kernels/recompute/nodes.py",
-        "return «first <= »node._sequence_nr() < next_number()",
+        "return «first <= »type(node)._sequence_nr(node) < next_number()",
         "",
         "tests/test_provenance_before.py",
     ),
     Mutant(
         "another thread's op counts as this thread's",
         "ckpt_kernels/recompute/nodes.py",
-        "first <= node._sequence_nr()« < next_number()»",
+        "first <= type(node)._sequence_nr(node)« < next_number()»",
         "",
         "tests/test_provenance_before.py -k thread",
     ),

@@ -44,7 +44,7 @@ def noted_operator(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
 def noted_cast(name: str) -> Callable[..., Any]:
     """A call of the method `name`, such as `value.to(...)`, with a note of a tensor that is cast."""
 
-    def call(value: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(value: Any, /, *args: Any, **kwargs: Any) -> Any:
         output = getattr(value, name)(*args, **kwargs)
         if output is not value:
             note(output, value)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..forward_contexts import ForwardContext
 from ..report import LeftAlone, Replaced
 from ..selection import Selection
 from ..swap import NotSwapped, may_be_swapped, swap
@@ -48,11 +49,11 @@ class LeafConverter:
             if isinstance(rule, RowNorm) and not rule.takes_bfloat16:
                 self.leave(name, module, _IN_BFLOAT16.format("weights are" if rule.weight else "input is"))
 
-    def apply(self, name: str, module: nn.Module, rule: Rule) -> None:
-        """Converts a module by a rule."""
+    def apply(self, name: str, module: nn.Module, rule: Rule, contexts: tuple[ForwardContext, ...] = ()) -> None:
+        """Converts a module by a rule, within contexts."""
         kind = type(module).__name__
         try:
-            swap(module, rule)
+            swap(module, rule, contexts)
         except NotSwapped as error:
             self.leave(name, module, str(error))
             return
