@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from ..code.memoization import memoized
 from ..code.reachability import read_forward
-from ..code.settings import Settings
+from ..code.settings import Settings, attributes_of
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 
 # The operations allowed in trials of activations and of norms, by torch's names. "detach" is allowed because autograd
@@ -72,7 +72,7 @@ class Outline(NamedTuple):
         """A module with random parameters of that dtype, on the CPU."""
         generator = generator or torch.Generator("cpu").manual_seed(0)
         module = object.__new__(self.kind)
-        module.__dict__.update(nn.Module().__dict__ | dict(self.settings))
+        module.__dict__.update(nn.Module().__dict__ | attributes_of(self.settings))
         for name, shape in self.shapes:
             values = None if shape is None else torch.rand(shape, generator=generator, device="cpu") + 0.5
             module.__dict__["_parameters"][name] = None if values is None else nn.Parameter(values.to(dtype))
