@@ -54,3 +54,50 @@ def test_equal_settings_of_other_types_have_trials_of_their_own(kind: type[nn.Mo
         assert close(results_of(converted(module), x), results_of(nn.Sequential(module), x)), setting
         # A trial of the class is kept for good, but not shared with modules that are still converted.
         gc.collect()
+
+
+class Optional(nn.Module):
+    """A layer norm, an RMS norm or a silu whose parameters may be None."""
+
+    def __init__(self, names: str, absent: str) -> None:
+        super().__init__()
+        self.names = names
+        for name in names.split():
+            self.register_parameter(name, None if name in absent else nn.Parameter(torch.rand(WIDTH)))
+
+
+class OptionalLayerNorm(Optional):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (WIDTH,), self.weight, self.bias, 1e-5)
+
+
+class OptionalRMSNorm(Optional):
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        normed = normed if self.weight is None else normed * self.weight
+        return normed if self.bias is None else normed + self.bias
+
+
+class OptionalSwish(Optional):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) if self.beta is None else x * torch.sigmoid(self.beta * x)
+
+
+OPTIONAL = [
+    *((kind, absent, "weight bias") for kind in (OptionalLayerNorm, OptionalRMSNorm) for absent in ("", "bias")),
+    (OptionalRMSNorm, "weight bias", "weight bias"),
+    (OptionalSwish, "beta", "beta"),
+]
+
+
+@pytest.mark.parametrize(("kind", "absent", "names"), OPTIONAL)
+def test_parameters_may_become_none_or_cease_to_be(kind: type[Optional], absent: str, names: str) -> None:
+    x = random_tensor(6, WIDTH)
+    original = nn.Sequential(kind(names, absent), nn.Linear(WIDTH, WIDTH), kind(names, absent)).to(DEVICE)
+    model = copy.deepcopy(original)
+    ckpt_kernels.convert(model)
+    for name in names.split():
+        parameter = nn.Parameter(torch.full((WIDTH,), 3.0, device=DEVICE)) if name in absent else None
+        for module in (*original[::2], *model[::2]):
+            setattr(module, name, parameter if parameter is None else nn.Parameter(parameter.detach().clone()))
+        assert close(results_of(original, x), results_of(model, x)), name

@@ -159,8 +159,7 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
         # F.normalize divides by the root of the sum, not of the mean, and by 1e-12 at least.
         epsilons = [1e-24 / max(shape.numel() for shape in outline.parameters.values())]
     wide = (Case(_WIDE, torch.float32, True, False),)
-    shapes = tuple(outline.parameters.items())
-    has_maps = any(len(shape) > 1 for _, shape in shapes)
+    has_maps = any(len(shape) > 1 for shape in outline.parameters.values())
     for (weight, bias), eps, centered, first in itertools.product(coefficients, epsilons, (False, True), (False, True)):
         if (bias and not centered) or (has_maps and not first):
             continue
@@ -174,7 +173,7 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
                 cases=wide,
                 contiguous=contiguous,
                 dimensions=len(_sizes(outline, first)[0]),
-                shapes=shapes,
+                shapes=outline.shapes,
             )
 
 
