@@ -34,7 +34,8 @@ def shared_results() -> Iterator[None]:
 
 
 def memoized(function: Callable[..., Result]) -> Callable[..., Result]:
-    """The function, computed once in a conversion for equal arguments that can be hashed; exceptions are not kept."""
+    """The function, computed once in a conversion for equal arguments of the same types that can be hashed; exceptions
+    are not kept."""
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Result:
@@ -44,7 +45,8 @@ def memoized(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def memoized_for_good(function: Callable[..., Result]) -> Callable[..., Result]:
-    """The function, computed once for equal arguments, which must hold all that the function reads, by identity.
+    """The function, computed once for equal arguments of the same types, which must hold all that the function reads,
+    by identity.
 
     Results live as long as the process where the classes and functions in the arguments belong to a file. A class that
     was made at run time, in a function or by other code, must be freed together with the last module of the class, and
@@ -65,14 +67,22 @@ def _kept(results: dict[tuple, Any] | None, function: Callable[..., Result], arg
     """The result among these, computed if missing."""
     if results is None:
         return function(*arguments)
+    key = (function, _with_types(arguments))
     try:
-        result = results.get((function, arguments), _MISSING)
+        result = results.get(key, _MISSING)
     except TypeError:  # without a hash, for example a global that has been replaced by a dict
         return function(*arguments)
     if result is _MISSING:
         result = function(*arguments)
-        results[function, arguments] = result
+        results[key] = result
     return result
+
+
+def _with_types(value: Any) -> tuple:
+    """A key that equals only the keys of values that no code can tell apart: True == 1 == 1.0, and 0.0 == -0.0."""
+    if isinstance(value, tuple):
+        return (type(value), *map(_with_types, value))
+    return type(value), (value.hex() if type(value) is float else value)
 
 
 def _is_local(value: Any) -> bool:

@@ -13,9 +13,18 @@ Settings = tuple[tuple[str, Any], ...]
 PLAIN_TYPES = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
+class FrozenList(tuple):
+    """The items of a list, which itself could change. Code can tell a list from a tuple."""
+
+
 def as_setting(value: Any) -> Any:
-    """The value as a setting is kept: a list could change, so that a tuple stands for the list."""
-    return tuple(value) if type(value) is list else value
+    """The value as a setting is kept."""
+    return FrozenList(value) if type(value) is list else value
+
+
+def attributes_of(settings: Settings) -> dict[str, Any]:
+    """The settings as attributes of a module."""
+    return {name: list(value) if type(value) is FrozenList else value for name, value in settings}
 
 
 def is_plain(value: Any) -> bool:
@@ -25,7 +34,8 @@ def is_plain(value: Any) -> bool:
 
 def is_constant(value: Any) -> bool:
     """Whether a value is plain and immutable: of `PLAIN_TYPES`, or a tuple of integers."""
-    return isinstance(value, PLAIN_TYPES) or (type(value) is tuple and all(isinstance(v, int) for v in value))
+    is_tuple = type(value) is tuple or type(value) is FrozenList
+    return isinstance(value, PLAIN_TYPES) or (is_tuple and all(type(v) is int for v in value))
 
 
 def has_settings(module: nn.Module, settings: Settings) -> bool:

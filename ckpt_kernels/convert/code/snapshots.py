@@ -9,7 +9,7 @@ from torch import nn
 
 from ..native_guards import Binding, are_same
 from .code_objects import has_type
-from .settings import PLAIN_TYPES, Settings
+from .settings import PLAIN_TYPES, Settings, attributes_of
 
 
 class NotTriable(Exception):
@@ -79,7 +79,7 @@ def _restored(
     if has_finalizer(kind):
         return never_same
     module = object.__new__(kind)
-    module.__dict__.update(nn.Module().__dict__ | dict(settings))
+    module.__dict__.update(nn.Module().__dict__ | attributes_of(settings))
     module.__dict__["_parameters"] = dict.fromkeys(parameters)
     with contextlib.suppress(NotTriable):
         snapshot = read_forward(module, gradients=True, every_dtype=True)[1]

@@ -22,7 +22,7 @@ from ..attribute_loads import LOADS_PLAINLY, loads_plainly
 from ..code.call_graph import belongs_to_torch
 from ..code.memoization import memoized, memoized_for_good
 from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, has_custom_gradient, is_unchanged
-from ..code.settings import Settings
+from ..code.settings import Settings, attributes_of
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 from ..wrappers import original_method
 from .trial import POINTWISE, Outline, counting_saved_tensors, in_own_thread, result_of, takes_one_argument
@@ -126,7 +126,7 @@ def _read(module: nn.Module, function: types.FunctionType) -> CodeReader:
 def activation_method(kind: type[nn.Module], name: str, settings: Settings) -> TriedMethod | None:
     """The trial of a method that computes a known activation, with a stand-in; None for any other method."""
     module = object.__new__(kind)
-    module.__dict__.update(nn.Module().__dict__ | dict(settings))
+    module.__dict__.update(nn.Module().__dict__ | attributes_of(settings))
     method = getattr(kind, name)
     try:
         reader = _read(module, method)

@@ -17,7 +17,7 @@ from ..code.code_objects import names_in
 from ..code.function_reachability import SizeIndependentReader
 from ..code.memoization import memoized
 from ..code.reachability import is_unchanged
-from ..code.settings import Settings
+from ..code.settings import Settings, attributes_of
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 from ..operands import as_plain_tensor, has_global_hooks, is_operand
 from .activation_trials import is_importable
@@ -168,7 +168,7 @@ def gate_of_method(
 ) -> TriedGate | None:
     """The gate that a method of modules of that class computes, by a trial with a stand-in."""
     module = object.__new__(kind)
-    module.__dict__.update(nn.Module().__dict__ | dict(outline.settings))
+    module.__dict__.update(nn.Module().__dict__ | attributes_of(outline.settings))
     module._modules.update((child, _Activation(activation)) for child, activation in outline.activations)
     return _tried(module, method, lambda packed: method(module, packed), outline, tree)
 

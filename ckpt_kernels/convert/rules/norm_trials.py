@@ -27,6 +27,7 @@ from ..operands import has_forward_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import NORMS, looks_like_norm
 from .norm_accuracy import are_as_exact, are_close
+from .norm_inputs import ROW_DIMENSIONS, input_shapes, spatial_dimensions
 from .norms import Case, Dtypes, Norm, RowNorm
 from .trial import (
     CHANNELS,
@@ -60,6 +61,8 @@ _OURS = tuple(getattr(ours, kind.__name__) for kind in _RULES)
 _SMALLEST = 1e-8
 # The functions and methods with a reduction that the code of a norm may name.
 _REDUCTIONS = frozenset("layer_norm mean norm normalize rms_norm std sum var".split())
+# Parameters in float32 and float64 are random over so many powers of two above and below 1.
+_WIDE_SPREAD = 20
 _WIDE: Dtypes = (torch.float32, torch.float32)
 _OTHERS: tuple[Dtypes, ...] = (
     (torch.float64, torch.float64),
@@ -125,6 +128,9 @@ def _tried(outline: Outline) -> RowNorm | str:
 
 def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
     """The rule with the cases of all dtypes, from the variant of the rule that agrees in most."""
+    if not rule.channels_first:
+        each = (replace(rule, dimensions=(count,)) for count in ROW_DIMENSIONS)
+        rule = replace(rule, dimensions=tuple(one.dimensions[0] for one in each if _agrees(outline, one)))
     options = [rule] if rule.centered else [rule, replace(rule, cast_before_weight=True)]
     cases = [tuple(_cases_of(outline, option)) for option in options]
     best = max(range(len(options)), key=lambda index: len(cases[index]))
@@ -136,7 +142,7 @@ def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
 
 def _keeps_strides(outline: Outline) -> bool:
     """Whether the output of a transposed input is transposed; False where the output is contiguous."""
-    input = torch.ones(_sizes(outline, False)[0], device="cpu").transpose(0, 1)
+    input = torch.ones(input_shapes(outline, False, (3,))[0], device="cpu").transpose(0, 1)
     output = _output_of(outline.stand_in(torch.float32), False, input)
     if not output.is_contiguous() and output.stride() != input.stride():
         raise NotTriable("returns strides that none of our norms returns")
@@ -159,8 +165,7 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
         # F.normalize divides by the root of the sum, not of the mean, and by 1e-12 at least.
         epsilons = [1e-24 / max(shape.numel() for shape in outline.parameters.values())]
     wide = (Case(_WIDE, torch.float32, True, False),)
-    shapes = tuple(outline.parameters.items())
-    has_maps = any(len(shape) > 1 for _, shape in shapes)
+    has_maps = any(len(shape) > 1 for shape in outline.parameters.values())
     for (weight, bias), eps, centered, first in itertools.product(coefficients, epsilons, (False, True), (False, True)):
         if (bias and not centered) or (has_maps and not first):
             continue
@@ -173,8 +178,8 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
                 code=outline.code,
                 cases=wide,
                 contiguous=contiguous,
-                dimensions=len(_sizes(outline, first)[0]),
-                shapes=shapes,
+                dimensions=(2 + spatial_dimensions(outline),) if first else (3,),
+                shapes=outline.shapes,
             )
 
 
@@ -194,7 +199,7 @@ def _cases_of(outline: Outline, rule: RowNorm) -> Iterator[Case]:
 def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes, requires_grad: bool) -> bool:
     """Whether autograd saves the input itself for the module's backward pass."""
     module = outline.stand_in(dtypes[1])
-    input = torch.zeros(_sizes(outline, rule.channels_first)[0], dtype=dtypes[0], device="cpu")
+    input = torch.zeros(_shapes_for(outline, rule)[0], dtype=dtypes[0], device="cpu")
     input.requires_grad_(requires_grad)
     with watching_saved_tensors() as is_saved:
         _output_of(module, rule.channels_first, input)
@@ -205,29 +210,39 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
     """Whether rule and module compute the same outputs and gradients, in the one case that the rule has."""
     ((dtypes, *_),) = rule.cases or ()
     generator = torch.Generator("cpu").manual_seed(0)
-    module = outline.stand_in(dtypes[1], generator)
     # One input has usual values, the other such small ones that the place of eps shows, in float32 at least.
     eps: float = dict(outline.settings)[rule.eps] if isinstance(rule.eps, str) else rule.eps
     small = min(1e-3, max(math.sqrt(eps), _SMALLEST)) if dtypes == _WIDE else 1e-3
-    for sizes, scale in itertools.product(_sizes(outline, rule.channels_first), (1.0, small)):
+    spread = {} if dtypes[0].itemsize < 4 else {"spread": _WIDE_SPREAD}
+    for sizes, scale in zip(_shapes_for(outline, rule), itertools.cycle((1.0, small)), strict=False):
+        module = outline.stand_in(dtypes[1], generator, **spread)
         input = ((torch.randn(sizes, generator=generator, device="cpu") + 0.5) * scale).to(dtypes[0])
         try:
-            expected = _with_gradients(module, input, lambda x: _output_of(module, rule.channels_first, x))
-            fused = _with_gradients(module, input, lambda x: rule.compute(module, x, "identity"))
-            if expected[0].dtype != fused[0].dtype:
+            if not _agrees_for(outline, rule, module, input, scale):
                 return False
-            if not are_close(expected, fused, dtypes, scale):
-                # A module that rounds as torch's own norm does passes too, because the fused norm replaces that one.
-                if _normalizes(outline) and dtypes[0] == dtypes[1] != torch.float32:
-                    is_alike = are_as_exact(_truth(outline, rule, module, input), expected, fused)
-                else:
-                    of_torch = _with_gradients(module, input, lambda x: rule.computed_by_torch(module, x))
-                    is_alike = are_close(expected, of_torch, dtypes, scale)
-                if not is_alike:
-                    return False
         except (InputRefused, RuntimeError, ValueError, TypeError, IndexError):
             return False
     return True
+
+
+def _agrees_for(outline: Outline, rule: RowNorm, module: nn.Module, input: Tensor, scale: float) -> bool:
+    """Whether rule and module compute the same from this input, whose values are of that scale."""
+    ((dtypes, *_),) = rule.cases or ()
+    expected = _with_gradients(module, input, lambda x: _output_of(module, rule.channels_first, x))
+    fused = _with_gradients(module, input, lambda x: rule.compute(module, x, "identity"))
+    if expected[0].dtype != fused[0].dtype:
+        return False
+    if are_close(expected, fused, dtypes, scale):
+        return True
+    # A module that rounds as torch's own norm does passes too, because the fused norm replaces that one.
+    if _normalizes(outline) and dtypes[0] == dtypes[1] != torch.float32:
+        return are_as_exact(_truth(outline, rule, module, input), expected, fused)
+    of_torch = _with_gradients(module, input, lambda x: rule.computed_by_torch(module, x))
+    return are_close(expected, of_torch, dtypes, scale)
+
+
+def _shapes_for(outline: Outline, rule: RowNorm) -> list[tuple[int, ...]]:
+    return input_shapes(outline, rule.channels_first, rule.dimensions)
 
 
 def _normalizes(outline: Outline) -> bool:
@@ -249,17 +264,6 @@ def _output_of(module: nn.Module, channels_first: bool, input: Tensor) -> Tensor
     return result_of(functools.partial(type(module).forward, module), input, operations, dimensions)
 
 
-def _sizes(outline: Outline, channels_first: bool) -> list[tuple[int, ...]]:
-    """The shapes of inputs to try. A norm without parameters and `normalized_shape` is tried with two row lengths."""
-    shapes = list(outline.parameters.values())
-    shape = dict(outline.settings).get("normalized_shape")
-    columns = [math.prod(shape) if isinstance(shape, tuple) else shape] if shape else [48, 77]
-    columns = [shapes[0].numel()] if shapes else columns
-    # The dimensions after the first of a weight such as (C, 1, 1) are the spatial ones.
-    space = max((len(shape) - 1 - shape.index(columns[0]) for shape in shapes), default=0) or 2
-    return [(2, c, *(6, 5, 4, 3)[:space]) if channels_first else (2, 60, c) for c in columns]
-
-
 def _with_gradients(
     module: nn.Module,
     input: Tensor,
@@ -273,9 +277,8 @@ def _with_gradients(
         raise InputRefused("takes other shapes")
     if not output.requires_grad:
         raise NotTriable("has no gradient")
-    weights = torch.linspace(-1, 1, output.numel(), dtype=weights_dtype or output.dtype, device="cpu").view(
-        output.shape
-    )
+    weights = torch.rand(output.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu") * 2 - 1
+    weights = weights.to(weights_dtype or output.dtype)
     inputs = [input, *tensors_of(module)]
     gradients = torch.autograd.grad((output * weights).sum(), inputs, allow_unused=True)
     filled = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, inputs, strict=True)]

@@ -63,8 +63,9 @@ class RowNorm(Norm):
         settings, code: for a norm that was tried, the settings and the code at the trial.
         cases: for a norm that was tried, the dtypes for which the fused norm computes the same; None for all.
         contiguous: for a norm over channels, whether the output of a contiguous input is contiguous.
-        dimensions: for a norm over channels, the number of dimensions of the inputs that were tried.
-        shapes: for a norm that was tried, names and shapes of the parameters.
+        dimensions: for a norm that was tried, the numbers of dimensions of inputs for which the fused norm computes the
+            same.
+        shapes: for a norm that was tried, names and shapes of the parameters, None for one that is None.
         strided: whether the output has the strides of the input.
     """
 
@@ -79,8 +80,8 @@ class RowNorm(Norm):
     code: CodeSnapshot | None = None
     cases: tuple[Case, ...] | None = None
     contiguous: bool = False
-    dimensions: int = 0
-    shapes: tuple[tuple[str, torch.Size], ...] = ()
+    dimensions: tuple[int, ...] = ()
+    shapes: tuple[tuple[str, torch.Size | None], ...] = ()
     strided: bool = False
 
     @property
@@ -148,11 +149,13 @@ class RowNorm(Norm):
 
     def _fits(self, module: nn.Module, input: Tensor, weight: Tensor | None) -> bool:
         """Whether input and parameters have shapes like those in the trial."""
-        if any(getattr(module, name).shape != shape for name, shape in self.shapes):
+        for name, shape in self.shapes:
+            parameter = getattr(module, name, None)
+            if (None if parameter is None else parameter.shape) != shape:
+                return False
+        if input.dim() not in self.dimensions or (self.channels_first and not is_dense_map(input)):
             return False
-        if self.channels_first and (input.dim() != self.dimensions or not is_dense_map(input)):
-            return False
-        columns = input.shape[1 if self.channels_first else -1] if input.dim() > 1 else 0
+        columns = input.shape[1 if self.channels_first else -1]
         return columns > 0 and (weight is None or weight.numel() == columns)
 
     def _must_copy(self, input: Tensor, weight: Tensor | None, case: Case) -> bool:

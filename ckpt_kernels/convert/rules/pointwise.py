@@ -20,7 +20,7 @@ from ..code.reachability import is_unchanged
 from ..code.settings import Settings
 from ..code.snapshots import CodeSnapshot, NotTriable
 from ..module_tree import children_of, tensors_of
-from ..native_guards import ActivationGuard, Binding, ModuleGuard
+from ..native_guards import MISSING, ActivationGuard, Binding, ModuleGuard
 from ..operands import CALLS_FORWARD, FORWARDS, HOOKS, has_forward_of, is_called_plainly
 from ..swap import is_patched, original_of, rule_of
 from .activation_trials import TrialResult, activation_of_module
@@ -48,11 +48,13 @@ def activated(input: Tensor, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class ActivationRule(UnaryRule):
-    """The rule for modules that compute an activation, as long as settings and code are those of the trial."""
+    """The rule for modules that compute an activation, as long as settings and code are those of the trial, and the
+    parameters named `absent` are None as there."""
 
     trial: TrialResult
     settings: Settings
     code: CodeSnapshot | None
+    absent: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -60,13 +62,17 @@ class ActivationRule(UnaryRule):
 
     def holds(self, module: nn.Module, wide: bool = False) -> bool:
         """Whether the module still computes the activation; `wide` asks for operands in float64."""
+        if any(getattr(module, name, MISSING) is not None for name in self.absent):
+            return False
         return (self.trial.is_exact or not wide) and is_unchanged(module, self.settings, self.code)
 
     def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
         operand = self.trial.operand(input) if self.holds(module, input.dtype == torch.float64) else None
         return None if operand is None else activated(operand, self.name)
 
-    def activation_guard(self, bindings: tuple[Binding, ...]) -> ActivationGuard:
+    def activation_guard(self, bindings: tuple[Binding, ...]) -> ActivationGuard | None:
+        if self.absent:
+            return None
         same = bindings if self.code is None else (*bindings, *self.code.dependencies)
         # The guard names the forward, because a subclass may have another one.
         (_, name, forward), *_ = bindings
@@ -120,12 +126,12 @@ def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
         unknown = name_of(module) is None and looks_like_activation(module)
         return None, _why_none(module) if unknown else ""
     try:
-        trial, settings, code = _named(module)
+        trial, settings, code, absent = _named(module)
     except NotTriable as error:
         return None, str(error) if looks_like_activation(module) else ""
     if trial.name is None:
         return None, _why_none(module) if looks_like_activation(module) else ""
-    return (None if trial.name in KEPT_BY_OUTPUT else ActivationRule(trial, settings, code)), ""
+    return (None if trial.name in KEPT_BY_OUTPUT else ActivationRule(trial, settings, code, absent)), ""
 
 
 def _why_none(module: nn.Module) -> str:
@@ -183,17 +189,18 @@ def is_unmodified_torch(module: nn.Module, *names: str) -> bool:
     return _is_torchs(module) and loads_plainly(original_of(module), *names)
 
 
-def _named(module: nn.Module) -> tuple[TrialResult, Settings, CodeSnapshot | None]:
-    """The activation by the module's class or by a trial, and the settings and the code that this depends on."""
+def _named(module: nn.Module) -> tuple[TrialResult, Settings, CodeSnapshot | None, tuple[str, ...]]:
+    """The activation by the module's class or by a trial, and the settings, the code and the parameters of None that
+    this depends on."""
     if _is_torchs(module):
         name = name_of(module)
         if name is None:
-            return TrialResult(), (), None
+            return TrialResult(), (), None, ()
         plain = {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str) and k != "training"}
-        return TrialResult(name), tuple(sorted(plain.items())), None
+        return TrialResult(name), tuple(sorted(plain.items())), None, ()
     forward = type(module).forward
     is_leaf = not any(True for _ in tensors_of(module)) and not children_of(module)
     if not is_leaf or not takes_one_argument(forward) or forward is nn.Module.forward:
-        return TrialResult(), (), None
+        return TrialResult(), (), None, ()
     outline = outline_of(module, gradients=True)
-    return activation_of_module(outline), outline.settings, outline.code
+    return activation_of_module(outline), outline.settings, outline.code, tuple(module._parameters)

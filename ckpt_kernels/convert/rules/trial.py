@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from ..code.memoization import memoized
 from ..code.reachability import read_forward
-from ..code.settings import Settings
+from ..code.settings import Settings, attributes_of
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 
 # The operations allowed in trials of activations and of norms, by torch's names. "detach" is allowed because autograd
@@ -42,6 +42,10 @@ GATES = frozenset(
 
 Result = TypeVar("Result")
 
+# Parameters are random over so many powers of two above and below 1; products of more do not fit float16.
+_SPREAD = 3
+# One of so many elements of a parameter is zero.
+_PARTS_ZERO = 8
 # The largest lower bound of a norm that is allowed; F.normalize has 1e-12.
 _NEARLY_ZERO = 1e-11
 
@@ -68,15 +72,26 @@ class Outline(NamedTuple):
         """Names and shapes of the parameters that are not None."""
         return {name: shape for name, shape in self.shapes if shape is not None}
 
-    def stand_in(self, dtype: torch.dtype, generator: torch.Generator | None = None) -> nn.Module:
-        """A module with random parameters of that dtype, on the CPU."""
+    def stand_in(
+        self, dtype: torch.dtype, generator: torch.Generator | None = None, spread: int = _SPREAD
+    ) -> nn.Module:
+        """A module with random parameters of that dtype, on the CPU: see `_random_parameter`."""
         generator = generator or torch.Generator("cpu").manual_seed(0)
         module = object.__new__(self.kind)
-        module.__dict__.update(nn.Module().__dict__ | dict(self.settings))
+        module.__dict__.update(nn.Module().__dict__ | attributes_of(self.settings))
         for name, shape in self.shapes:
-            values = None if shape is None else torch.rand(shape, generator=generator, device="cpu") + 0.5
-            module.__dict__["_parameters"][name] = None if values is None else nn.Parameter(values.to(dtype))
+            values = None if shape is None else _random_parameter(shape, generator, spread).to(dtype)
+            module.__dict__["_parameters"][name] = None if values is None else nn.Parameter(values)
         return module
+
+
+def _random_parameter(shape: torch.Size, generator: torch.Generator, spread: int) -> Tensor:
+    """Numbers of both signs over `2 * spread` powers of two, and zeros among them, so that any function of a parameter
+    differs from the parameter."""
+    signed = torch.rand(shape, generator=generator, device="cpu") * 2 - 1
+    exponents = torch.randint(-spread, spread + 1, shape, generator=generator, device="cpu")
+    are_zero = torch.randint(_PARTS_ZERO, shape, generator=generator, device="cpu") == 0
+    return torch.ldexp(signed + signed.sign(), exponents).masked_fill(are_zero, 0.0)
 
 
 def outline_of(module: nn.Module, gradients: bool = False, every_dtype: bool = False) -> Outline:
