@@ -34,7 +34,9 @@ from .host_memory import from_host, to_host
 from .recompute import discarding, run_at
 from .recompute.active import top_hooks
 from .recompute.cells import Unwritten, version_watch
+from .recompute.transforms import allow_transforms
 from .runs.arguments import version_checked
+from .saved_tensor_hooks import steps_aside
 
 # Smaller tensors stay on the device: their copies cost more than their memory is worth.
 LEAST = 2**20
@@ -131,6 +133,7 @@ class Offloading:
             call.before = weakref.ref(before)
         self._last = weakref.ref(call)
         around = discarding()
+        allow_transforms()
         with torch.autograd.graph.saved_tensors_hooks(call.pack, _unpack):
             if around is None:
                 return forward(module, *args, **kwargs)
@@ -202,6 +205,7 @@ class LayerCall:
         self.before: weakref.ref[LayerCall] | None = None
         self.last_pass: int | None = None
 
+    @steps_aside
     def pack(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Packs a tensor as a function that returns the tensor. torch does not check for in-place writes under
         hooks."""

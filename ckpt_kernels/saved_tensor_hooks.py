@@ -1,10 +1,27 @@
 """Helpers for saved-tensor hooks."""
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_STEPS_ASIDE = "_ckpt_steps_aside"
+_Pack = TypeVar("_Pack", bound=Callable[..., Any])
+
+
+def steps_aside(pack: _Pack) -> _Pack:
+    """Marks a hook that does not see the tensors that are saved within torch.func's gradients: see
+    `recompute.transforms`."""
+    setattr(pack, _STEPS_ASIDE, True)
+    return pack
+
+
+def may_step_aside(pack: Any) -> bool:
+    """Whether a hook that packs tensors has this mark."""
+    return getattr(pack, _STEPS_ASIDE, False) is True
 
 
 def as_is(tensor: Tensor) -> Tensor:

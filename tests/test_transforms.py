@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import ckpt_kernels
 from ckpt_kernels import functional as F
 from ckpt_kernels import use_backend
 from ckpt_kernels.catalogue.block import Block
@@ -259,3 +260,26 @@ def test_symbolic_sizes_are_traced(call: Callable[..., Tensor]) -> None:
     x, w = torch.randn(3, 4, 5), torch.randn(4)
     traced = make_fx(call, tracing_mode="symbolic")(x, w)
     torch.testing.assert_close(traced(x, w), call(x, w))
+
+
+class EnergyLayer(torch.nn.Module):
+    """A layer whose forward pass takes a gradient by torch.func."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(self.norm(x)).sin()
+        return x + torch.func.grad(lambda z: self.linear(self.norm(z)).sin().square().sum())(x)
+
+
+@pytest.mark.parametrize("level", ["checkpoint", "output, offload"])
+@pytest.mark.filterwarnings("ignore:the model is on the CPU")
+def test_gradients_within_checkpointed_and_offloaded_layers(level: str) -> None:
+    model, x = torch.nn.Sequential(EnergyLayer(), EnergyLayer()).double(), torch.randn(4, 8).double()
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    ckpt_kernels.convert(model, recompute={"*": level})
+    found = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -10,11 +10,15 @@ the function by identity, so the function object stays the same: the generator i
 import contextlib
 import functools
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..saved_tensor_hooks import may_step_aside
 from .active import has_innermost_hooks, thread, top_hooks
+
+if TYPE_CHECKING:
+    from .discarder import Discarder
 
 _Disabling = Callable[[str], Generator[None, None, None]]
 
@@ -36,16 +40,19 @@ def _without_own_hooks(disabling: _Disabling) -> _Disabling:
     @functools.wraps(disabling)
     def generator(error_message: str) -> Generator[None, None, None]:
         hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
-        removed = []
-        while discarders := [discarder for discarder in thread.active if has_innermost_hooks(discarder)]:
-            removed.append((discarders[-1], top_hooks()))
+        removed: list[tuple[Discarder | None, Any]] = []
+        while (pair := top_hooks()) is not None:
+            discarder = next(filter(has_innermost_hooks, reversed(thread.active)), None)
+            if discarder is None and not may_step_aside(pair[0]):
+                break
+            removed.append((discarder, pair))
             hooks._pop_saved_tensors_default_hooks()
         try:
             with context(error_message):
                 yield
         finally:
             for discarder, pair in reversed(removed):
-                if not discarder.is_closed:
+                if discarder is None or not discarder.is_closed:
                     hooks._push_saved_tensors_default_hooks(*pair)
 
     return generator

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..nested_values import tensors_among
+from ..recompute.transforms import allow_transforms
 from .arguments import are_plain
 from .calls import Call, Place, is_sharded
 from .held import held_by
@@ -57,6 +58,7 @@ def run_in(
     # In the first call of a lazy layer the tensors have no values yet that a second pass could begin with.
     if (held := held_by(module)) is None:
         return inside(*args, **kwargs)
+    allow_transforms()
     place = places[0]
     tensors = list(tensors_among((args, kwargs)))
     run = None if thread.open is None else thread.open()

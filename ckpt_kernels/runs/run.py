@@ -16,7 +16,7 @@ from ..nested_values import tensors_among
 from ..random_state import RandomState
 from ..recompute import discarding
 from ..recompute.discarder import Discarder
-from ..saved_tensor_hooks import as_is
+from ..saved_tensor_hooks import as_is, steps_aside
 from .arguments import Input, Link, restore_argument, version_checked, version_of
 from .calls import Call, Place, Saved
 from .held import Held
@@ -65,6 +65,7 @@ class Run:
         call.written = buffers = [BufferSnapshot(*buffer) for buffer in held.buffers]
         self._calls.append(call)
 
+        @steps_aside
         def pack(tensor: Tensor) -> Saved:
             saved = Saved(self, tensor)
             call.saved.append(weakref.ref(saved))
@@ -161,6 +162,7 @@ class Run:
         waiting = list(call.saved)
         count = 0
 
+        @steps_aside
         def collect(tensor: Tensor) -> Tensor:
             nonlocal count
             if count >= len(waiting):
@@ -246,6 +248,7 @@ def _kept_within() -> Iterator[None]:
     """A context that keeps all saved tensors, and drops them at its end."""
     kept: list[Tensor] = []
 
+    @steps_aside
     def keep(tensor: Tensor) -> int:
         # Detached, because a node that keeps its own output would keep itself alive.
         kept.append(tensor.detach())
@@ -256,5 +259,6 @@ def _kept_within() -> Iterator[None]:
     kept.clear()
 
 
+@steps_aside
 def _drop(tensor: Tensor) -> None:
     return None
