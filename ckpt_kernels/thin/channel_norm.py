@@ -144,7 +144,10 @@ class ChannelNorm(Plan):
 def channel_norm(
     input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: Options
 ) -> ChannelNorm | None:
-    """A plan, if the input is contiguous or in channels_last."""
+    """A plan, if the input is contiguous or in channels_last. None in a trace, which would record what is computed with
+    the sizes here."""
+    if torch._C._get_tracing_state() is not None:
+        return None
     dtype = compute_dtype(input.dtype)
     is_dense = input.is_contiguous() or (input.dim() in _CHANNELS_LAST and input.stride() == last_strides(input.shape))
     if not input.numel() or not is_dense or (residual is not None and residual.dtype != input.dtype):

@@ -224,7 +224,8 @@ PYTHON = (
     Mutant(
         "hooks do not come back after a transform",
         "ckpt_kernels/recompute/transforms.py",
-        "if discarder is None or not discarder.is_closed:\n                    «hooks._push_saved_tensors_default_hooks(*pair)»",
+        "if discarder is None or not discarder.is_closed:\n"
+        "                    «hooks._push_saved_tensors_default_hooks(*pair)»",
         "pass",
         "tests/test_convert_outside.py -k stays_open_after_a_transform",
     ),

@@ -63,7 +63,8 @@ def read_forward(
         raise NotTriable("decides by the dtype of its input")
     reader.read_modules()
     settings = tuple(sorted(reader.settings.items()))
-    return settings, CodeSnapshot((type(module), settings, tuple(module._parameters)), reader.dependencies)
+    described = type(module), settings, tuple(module._parameters)
+    return settings, CodeSnapshot(described, reader.dependencies, reader.helpers)
 
 
 def depends_on_shapes(reader: "CodeReader") -> bool:
@@ -80,7 +81,15 @@ def depends_on_dtype(reader: "CodeReader") -> bool:
 
 def is_unchanged(module: nn.Module, settings: Settings, code: CodeSnapshot | None) -> bool:
     """Whether the module still has these settings and the code still is the same."""
-    return has_settings(module, settings) and (code is None or code.is_same())
+    if not has_settings(module, settings):
+        return False
+    if code is None:
+        return True
+    attributes = module.__dict__
+    for name in code.helpers:
+        if name in attributes:
+            return False
+    return code.is_same()
 
 
 class CodeReader:
@@ -104,6 +113,8 @@ class CodeReader:
         self.has_choices = False
         self.has_identity_checks = False
         self.dependencies: list[Binding] = []
+        # Names that the code finds in the class.
+        self.helpers: set[str] = set()
         self._seen: set[types.CodeType] = set()
 
     def read_function(self, function: Any, own: bool = False) -> None:
@@ -232,8 +243,11 @@ class CodeReader:
                 member = vars(owner)[name]
                 if is_plain(member):
                     raise NotTriable(f"reads {name} of its class")
-                self.dependencies.append((owner, name, getattr(owner, name)))
                 self.read_function(member, own=True)
+            if definers:
+                self.helpers.add(name)
+                # Any class of the MRO may define the name later, or get other bases.
+                self.dependencies += [(owner, name, getattr(owner, name, MISSING)) for owner in owners]
             if not definers and name not in self._allowed_names:
                 raise NotTriable(f"names {name}, which is not on the list of what is known")
 

@@ -20,15 +20,20 @@ class CodeSnapshot:
     """The dependencies of a forward, each with the value at the time of the trial.
 
     Dependencies are globals, functions of torch's modules, methods of a class, closure variables, and defaults.
+    `helpers` are the names of the methods that the code finds in the class: an instance must not have these names.
 
     A deep copy is the same object. Unpickling analyses a module of the same class, settings and parameters anew; a
     snapshot that then differs is never the same.
     """
 
     def __init__(
-        self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], dependencies: Iterable[Binding]
+        self,
+        module: tuple[type[nn.Module], Settings, tuple[str, ...]],
+        dependencies: Iterable[Binding],
+        helpers: Iterable[str] = (),
     ) -> None:
         self._module = module
+        self.helpers = tuple(sorted(helpers))
         unique = {(id(holder), name): (holder, name, value) for holder, name, value in dependencies}
         self.dependencies = tuple(unique.values())
 

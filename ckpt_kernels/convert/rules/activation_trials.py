@@ -134,7 +134,7 @@ def activation_method(kind: type[nn.Module], name: str, settings: Settings) -> T
     except NotTriable:
         return None
     plainly = [(kind, attribute, value) for attribute, value in LOADS_PLAINLY]
-    code = CodeSnapshot((nn.Module, (), ()), [*plainly, (kind, name, method), *reader.dependencies])
+    code = CodeSnapshot((nn.Module, (), ()), [*plainly, (kind, name, method), *reader.dependencies], reader.helpers)
     return None if result.name is None else TriedMethod(kind, name, settings, result, code)
 
 

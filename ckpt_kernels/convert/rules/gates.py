@@ -201,7 +201,7 @@ def _tried(
     except NotTriable:
         return None
     plainly = [(type(module), name, value) for name, value in LOADS_PLAINLY]
-    code = CodeSnapshot((nn.Module, (), ()), [*plainly, *reader.dependencies])
+    code = CodeSnapshot((nn.Module, (), ()), [*plainly, *reader.dependencies], reader.helpers)
     return None if trial is None else TriedGate(trial, outline, code)
 
 

@@ -76,7 +76,8 @@ class ActivationRule(UnaryRule):
         same = bindings if self.code is None else (*bindings, *self.code.dependencies)
         # The guard names the forward, because a subclass may have another one.
         (_, name, forward), *_ = bindings
-        guard = ModuleGuard(nn.Module, ((name, forward), *CALLS_FORWARD), same, (), HOOKS, ("forward",))
+        absent = ("forward",) if self.code is None else ("forward", *self.code.helpers)
+        guard = ModuleGuard(nn.Module, ((name, forward), *CALLS_FORWARD), same, (), HOOKS, absent)
         return ActivationGuard(guard, self.settings, self.name)
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ operation that is not in a list of allowed ones, such as a random number, a bran
 import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -176,11 +177,13 @@ def in_own_thread(trial: Callable[..., Result]) -> Callable[..., Result]:
     """A decorator that runs a trial in a new thread, where torch has its default state.
 
     Grad mode, autocast, default device, modes and saved-tensor hooks around a conversion are set for its thread only.
+    Warnings about the sample inputs are not the user's.
     """
 
     @functools.wraps(trial)
     def run(*arguments: Any) -> Result:
-        with ThreadPoolExecutor(max_workers=1) as thread:
+        with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=1) as thread:
+            warnings.simplefilter("ignore")
             return thread.submit(trial, *arguments).result()
 
     return run
