@@ -144,9 +144,9 @@ class ChannelNorm(Plan):
 def channel_norm(
     input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: Options
 ) -> ChannelNorm | None:
-    """A plan, if the input is contiguous or in channels_last. None in a trace, which would record what is computed with
-    the sizes here."""
-    if torch._C._get_tracing_state() is not None:
+    """A plan, if the input is contiguous or in channels_last. None in a trace, where sizes are no integers but
+    recorded or symbolic."""
+    if any(type(size) is not int for size in input.shape):
         return None
     dtype = compute_dtype(input.dtype)
     is_dense = input.is_contiguous() or (input.dim() in _CHANNELS_LAST and input.stride() == last_strides(input.shape))
