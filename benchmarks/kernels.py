@@ -26,7 +26,7 @@ from ckpt_kernels.backends.blocks import RowNorm, RowNormGradients, RowNormOptio
 from ckpt_kernels.cli_arguments import file, positive
 
 from . import report
-from .measure import Stopwatch, _buffers
+from .measure import Stopwatch, buffer_count
 from .peers import PEERS
 
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -120,7 +120,7 @@ def _by_autograd(call: Callable, columns: int, device: str, weights: torch.dtype
 def measured(name: str, columns: int, device: str, rounds: int) -> Iterator[dict[str, Any]]:
     """The figures of each provider for a block and a length of rows."""
     rows = ELEMENTS[device] // columns
-    count = _buffers(4 * 2 * ELEMENTS[device])
+    count = buffer_count(4 * 2 * ELEMENTS[device])
     sets = [Operands(name, rows, columns, device) for _ in range(count)]
     copy = milliseconds(lambda o: o.output.copy_(o.input), sets, device, rounds)
     for provider, forward, backward in providers(name, columns, device):

@@ -97,7 +97,7 @@ def _cycles(milliseconds: float) -> int:
     return int(cycles * milliseconds / before.elapsed_time(after))
 
 
-def _buffers(bytes_each: int) -> int:
+def buffer_count(bytes_each: int) -> int:
     """The number of buffers such that none is still in cache when its turn comes again, up to a limit."""
     return max(2, min(8, 256 * 2**20 // max(bytes_each, 1)))
 
@@ -181,7 +181,7 @@ def measure(
     first = case.operands(setting, dtype, device)
     bytes_each = sum(t.nbytes for t in first.values())
     # Drawing all operands anew would take longer than measuring.
-    sets = [first, *({name: _copied(t) for name, t in first.items()} for _ in range(_buffers(bytes_each) - 1))]
+    sets = [first, *({name: _copied(t) for name, t in first.items()} for _ in range(buffer_count(bytes_each) - 1))]
     turns = [Turn(provider, sets, device, setting.small) for provider in providers]
     source = torch.randn(setting.shape, device=device).to(dtype)
     sources = [source.clone() for _ in sets]

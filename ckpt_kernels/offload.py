@@ -13,7 +13,6 @@ The mechanism is saved-tensor hooks around a layer's forward pass. Tensors that 
 and so are not copied either.
 """
 
-import fnmatch
 import functools
 import warnings
 import weakref
@@ -27,7 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .arguments import size
 from .convert.code.memoization import shared_results
-from .convert.module_tree import named_modules, tensors_of
+from .convert.module_tree import named_modules, names_fitting, tensors_of
 from .convert.rules.rule import Forward
 from .convert.swap import add_forward_context, may_be_swapped
 from .host_memory import from_host, to_host
@@ -85,7 +84,7 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
         raise TypeError(f"layers is {type(layers).__name__}; expected a name of modules, with * and ?")
     least = size(least, "least")
     names = dict(named_modules(model))
-    chosen = [name for name in fnmatch.filter(names, layers) if name]
+    chosen = [name for name in names_fitting(names, layers) if name]
     chosen = [name for name in chosen if not any(name.startswith(f"{above}.") for above in chosen)]
     if not chosen:
         raise ValueError(f"layers is {layers!r}; expected a name, with * and ?, that fits a module")

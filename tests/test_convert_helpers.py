@@ -1,5 +1,6 @@
-"""Helper methods of tried modules that are replaced, or overridden, after the conversion."""
+"""What tried modules read, changed after the conversion: helper methods, settings, classes and bound arguments."""
 
+import functools
 import types
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from .conversion import WIDTH, close, random_tensor, results_of, twins
 
 
 class Mixin:
-    pass
+    """Defines nothing until a test does."""
 
 
 class Base(nn.Module):
@@ -30,7 +31,7 @@ class Base(nn.Module):
 
 
 class Norm(Mixin, Base):
-    pass
+    """Inherits the helper."""
 
 
 class Activation(Mixin, nn.Module):
@@ -107,3 +108,101 @@ def test_other_helpers_are_seen(kind: type, change: Callable, monkeypatch: pytes
     # A helper that the class itself defines stays where only a mixin behind the class changes.
     assert change is on_a_mixin or not close(now, before, 1e-2)
     assert close(results_of(twin, x), now)
+
+
+SPEED = {"factor": 1.0}
+
+
+class Field:
+    """A data descriptor whose values follow a schedule."""
+
+    def __get__(self, instance: object, kind: type) -> object:
+        return self if instance is None else instance.__dict__["beta"] * SPEED["factor"]
+
+    def __set__(self, instance: object, value: float) -> None:
+        instance.__dict__["beta"] = value
+
+
+class ByDescriptor(nn.Module):
+    beta = Field()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+class ByGetattribute(ByDescriptor):
+    beta = 1.0
+
+    def __getattribute__(self, name: str) -> object:
+        value = super().__getattribute__(name)
+        return value * SPEED["factor"] if name == "beta" else value
+
+
+class Scheduled(float):
+    def __mul__(self, other: Tensor) -> Tensor:
+        return other * SPEED["factor"]
+
+
+class BySubclass(ByDescriptor):
+    beta = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = Scheduled(1.0)
+
+
+def by_closure() -> nn.Module:
+    class Operations:
+        @staticmethod
+        def sigmoid(x: Tensor) -> Tensor:
+            return torch.sigmoid(x * SPEED["factor"])
+
+    class Activation(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * Operations.sigmoid(x)
+
+    return Activation()
+
+
+@pytest.mark.parametrize("make", [ByDescriptor, ByGetattribute, BySubclass, by_closure])
+def test_values_that_code_computes_are_no_settings(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, twin = twins(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), make()).to(DEVICE))
+    ckpt_kernels.convert(twin)
+    x = random_tensor(4, WIDTH)
+    before = results_of(model, x)
+    assert close(results_of(twin, x), before)
+    monkeypatch.setitem(SPEED, "factor", 3.0)
+    assert not close(results_of(model, x), before, 1e-2)
+    assert close(results_of(twin, x), results_of(model, x))
+
+
+class Partial(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = functools.partial(nn.functional.gelu, approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+def test_bound_arguments_are_watched() -> None:
+    model, twin = twins(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), Partial()).to(DEVICE, torch.float64))
+    assert ckpt_kernels.convert(twin, recompute="block").replaced
+    x = 4 * random_tensor(64, WIDTH).double()
+    for each in (model, twin):
+        each[1].act.keywords["approximate"] = "none"
+    assert close(results_of(twin, x), results_of(model, x), 1e-9)
+
+
+def test_brackets_in_names_stand_for_themselves() -> None:
+    model = nn.Module()
+    for name in ("layer[0]", "layer0"):
+        model.add_module(name, nn.LayerNorm(WIDTH))
+    ckpt_kernels.convert(model, exclude=["layer[0]"])
+    assert [ckpt_kernels.is_converted(child) for child in model.children()] == [False, True]

@@ -73,7 +73,7 @@ def check(given: Operands, tables: bool = False, **options: Any) -> None:
     computed = torch.finfo(torch.float64 if given["input"].dtype == torch.float64 else torch.float32).eps
     for ours, theirs in zip(found, expected, strict=True):
         bound = (torch.finfo(ours.dtype).eps + 64 * computed) * theirs.abs().amax() if theirs.numel() else 0
-        if given["input"].shape[-1] == 1:
+        if DEVICE == "cuda" and given["input"].shape[-1] == 1:
             # The input's gradient is 0 by a difference of equal terms, of which kernels that fuse multiplication and
             # subtraction leave a rounding.
             bound = bound + 64 * computed

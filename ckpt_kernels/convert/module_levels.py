@@ -1,7 +1,6 @@
 """Recompute levels by module, from a mapping of names or from a plan, and the context that runs a module at a level."""
 
 import dataclasses
-import fnmatch
 import functools
 import itertools
 from collections.abc import Container, Iterator, Mapping
@@ -16,7 +15,7 @@ from ..recompute import run_at
 from ..runs import Place, run_in
 from .forward_contexts import checkpointed, checkpointing_selectively, convert_late_modules_if_outermost
 from .layers import count_matrices, has_forward, layers_of
-from .module_tree import modules_of, named_modules
+from .module_tree import modules_of, named_modules, names_fitting
 from .rules.rule import Forward
 from .selection import Choice, Selection
 
@@ -123,7 +122,7 @@ class Levels:
             if not isinstance(pattern, str):
                 raise TypeError(f"recompute has the key {pattern!r}; expected names of modules, with * and ?")
             policy = Policy.of(level, OF_MODULES, f"recompute[{pattern!r}]")
-            fitting = [names[name] for name in fnmatch.filter(names, pattern)]
+            fitting = [names[name] for name in names_fitting(names, pattern)]
             if not fitting:
                 raise ValueError(f"recompute names {pattern!r}; expected a name, with * and ?, that fits a module")
             below: set[nn.Module] = set()

@@ -4,7 +4,8 @@ A user's class may define `parameters`, `modules` or `named_modules`, as methods
 here read torch's own dicts (`_modules`, `_parameters`, `_buffers`) and never take the truth value of a user's object.
 """
 
-from collections.abc import Iterator
+import fnmatch
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -29,6 +30,11 @@ def named_modules(model: nn.Module, duplicates: bool = False) -> Iterator[tuple[
             seen.remove(module)
 
     return walk(model, "")
+
+
+def names_fitting(names: Iterable[str], pattern: str) -> list[str]:
+    """The names of modules that a pattern with the wildcards * and ? fits. Brackets stand for themselves."""
+    return fnmatch.filter(names, pattern.replace("[", "[[]"))
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:

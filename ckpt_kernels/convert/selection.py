@@ -1,11 +1,10 @@
 """Selects the modules that a conversion may change, by `include` and `exclude`."""
 
-import fnmatch
 from collections.abc import Iterable
 
 from torch import nn
 
-from .module_tree import modules_of, named_modules
+from .module_tree import modules_of, named_modules, names_fitting
 
 Choice = tuple[str | type[nn.Module], ...] | None
 
@@ -34,7 +33,7 @@ def choice_of(model: nn.Module, given: Iterable[str | type[nn.Module]] | None, a
     choice = (given,) if isinstance(given, str | type) else tuple(given)
     for wanted in choice:
         if isinstance(wanted, str):
-            if not fnmatch.filter(dict(named_modules(model, duplicates=True)), wanted):
+            if not names_fitting(dict(named_modules(model, duplicates=True)), wanted):
                 raise ValueError(f"{argument} names {wanted!r}; expected a name, with * and ?, that fits a module")
         elif not (isinstance(wanted, type) and issubclass(wanted, nn.Module)):
             raise TypeError(f"{argument} has {wanted!r}; expected names or classes of modules")
@@ -46,7 +45,7 @@ def _chosen(model: nn.Module, choice: tuple[str | type[nn.Module], ...]) -> set[
     chosen: set[nn.Module] = set()
     for wanted in choice:
         if isinstance(wanted, str):
-            fitting = [named[name] for name in fnmatch.filter(named, wanted)]
+            fitting = [named[name] for name in names_fitting(named, wanted)]
         else:
             fitting = [module for module in named.values() if isinstance(module, wanted)]
         for module in fitting:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.autograd import Function
 
+from ..attribute_loads import LOADS_PLAINLY, loads_plainly
 from ..native_guards import MISSING, Binding
 from .call_graph import belongs_to_torch
 from .code_objects import cell_value, has_type
@@ -62,6 +63,8 @@ def read_forward(
     if depends_on_dtype(reader) and not every_dtype:
         raise NotTriable("decides by the dtype of its input")
     reader.read_modules()
+    if reader.settings:
+        reader.dependencies += [(type(module), name, value) for name, value in LOADS_PLAINLY]
     settings = tuple(sorted(reader.settings.items()))
     described = type(module), settings, tuple(module._parameters)
     return settings, CodeSnapshot(described, reader.dependencies, reader.helpers)
@@ -119,8 +122,13 @@ class CodeReader:
 
     def read_function(self, function: Any, own: bool = False) -> None:
         """Read a Python function. Functions of torch are trusted, unless the function is the module's `own` method."""
-        if isinstance(function, staticmethod | classmethod | functools.partial):
-            function = function.func if isinstance(function, functools.partial) else function.__func__
+        if isinstance(function, functools.partial):
+            if not all(map(is_constant, (*function.args, *function.keywords.values()))):
+                raise NotTriable("binds arguments that may change")
+            self.dependencies += [(function.keywords, name, value) for name, value in function.keywords.items()]
+            function = function.func
+        elif isinstance(function, staticmethod | classmethod):
+            function = function.__func__
         if is_torch_callable(function) and not own:
             return
         if not has_type(function, types.FunctionType):
@@ -131,11 +139,15 @@ class CodeReader:
             value = cell_value(cell, MISSING)
             if value is MISSING:
                 raise NotTriable("reads a variable that has no value yet")
-            if value is not self.module and not has_type(value, type):
-                if not callable(value):
-                    raise NotTriable("reads a variable of the function around it")
-                self.dependencies.append((cell, "cell_contents", value))
+            if value is self.module or any(value is kind for kind in type(self.module).__mro__):
+                continue
+            self.dependencies.append((cell, "cell_contents", value))
+            if has_type(value, type):
+                self.read_value(value)
+            elif callable(value):
                 self.read_function(value)
+            else:
+                raise NotTriable("reads a variable of the function around it")
         if not all(map(is_constant, function.__defaults__ or ())) or function.__kwdefaults__:
             raise NotTriable("has defaults that may change")
         self.dependencies += [(function, name, getattr(function, name)) for name in ("__code__", "__defaults__")]
@@ -219,7 +231,7 @@ class CodeReader:
         elif has_type(value, type):
             if not is_torch_callable(value) and not issubclass(value, Exception):
                 raise NotTriable(f"uses the class {value.__name__}")
-        elif not isinstance(value, PLAIN_TYPES):
+        elif type(value) not in PLAIN_TYPES:
             self.read_function(value)
 
     def read_attribute(self, name: str) -> None:
@@ -230,6 +242,8 @@ class CodeReader:
             raise NotTriable("depends on its mode or on buffers")
         if name in module.__dict__:
             value = module.__dict__[name]
+            if not loads_plainly(type(module), name):
+                raise NotTriable(f"loads {name} by code of its class")
             if has_type(value, types.FunctionType | types.BuiltinFunctionType | functools.partial):
                 self.read_function(value)
             elif not is_plain(value):

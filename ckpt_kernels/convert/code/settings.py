@@ -10,7 +10,8 @@ from ..native_guards import MISSING
 # Names and values of the settings that a forward reads.
 Settings = tuple[tuple[str, Any], ...]
 
-PLAIN_TYPES = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+# A subclass of these may have operators of its own.
+PLAIN_TYPES = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size))
 
 
 class FrozenList(tuple):
@@ -35,7 +36,7 @@ def is_plain(value: Any) -> bool:
 def is_constant(value: Any) -> bool:
     """Whether a value is plain and immutable: of `PLAIN_TYPES`, or a tuple of integers."""
     is_tuple = type(value) is tuple or type(value) is FrozenList
-    return isinstance(value, PLAIN_TYPES) or (is_tuple and all(type(v) is int for v in value))
+    return type(value) in PLAIN_TYPES or (is_tuple and all(type(v) is int for v in value))
 
 
 def has_settings(module: nn.Module, settings: Settings) -> bool:

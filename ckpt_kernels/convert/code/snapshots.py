@@ -69,7 +69,7 @@ def _text(value: Any) -> str:
         return f"{value.co_code.hex()} {value.co_names} {inner}"
     if has_type(value, tuple):
         return str([_text(part) for part in value])
-    return repr(value) if isinstance(value, PLAIN_TYPES) else getattr(value, "__qualname__", type(value).__qualname__)
+    return repr(value) if type(value) in PLAIN_TYPES else getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _restored(

@@ -1,6 +1,5 @@
 """The rule for heads of language models, whose logits a loss reads in chunks instead of as a whole."""
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ...autocast import is_autocast
 from ...logits import logits_of
 from ...ops.products import product_dtype
-from ..module_tree import named_modules
+from ..module_tree import named_modules, names_fitting
 from ..operands import has_global_hooks, is_called_plainly, is_operand, is_ordinary
 from ..swap import original_of
 from .rule import Forward, Rule
@@ -43,7 +42,8 @@ def heads_in(model: nn.Module, name: str | None) -> dict[str, nn.Module]:
         return {}
     if not isinstance(name, str):
         raise TypeError(f"logits is {type(name).__name__}; expected the name of a linear layer, or None")
-    fitting = {full: module for full, module in named_modules(model) if fnmatch.fnmatchcase(full, name)}
+    modules = dict(named_modules(model))
+    fitting = {full: modules[full] for full in names_fitting(modules, name)}
     if not fitting or not all(map(_is_linear, fitting.values())):
         matches = (
             ", ".join(f"{full or 'the model'} ({type(module).__name__})" for full, module in fitting.items())
