@@ -144,7 +144,7 @@ def main() -> None:
     about = report.machine(command, datetime.date.today().isoformat())
     table = Table("block", "shape", "provider", "forward us", "of the copy", "backward us", "of the copy")
     results: list[dict[str, Any]] = []
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for columns in given.columns:
         for name in BLOCKS:
             for one in measured(name, columns, device, given.rounds):
