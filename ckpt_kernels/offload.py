@@ -26,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .arguments import size
 from .convert.code.memoization import shared_results
+from .convert.inspected import inspected_modules
 from .convert.module_tree import named_modules, names_fitting, tensors_of
 from .convert.rules.rule import Forward
 from .convert.swap import add_forward_context, may_be_swapped
@@ -66,7 +67,8 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
         Tensors of fewer than `least` bytes on the device; the rest in host memory.
 
     Raises:
-        ValueError: no module has such a name, the forward of a layer is not a plain method, or `least` is negative.
+        ValueError: no module has such a name, the forward of a layer is no plain method, code of the model compares the
+            classes of layers, or `least` is negative.
         TypeError: `model` is no module, `layers` no name, or `least` no whole number.
 
     Example:
@@ -89,10 +91,12 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
     if not chosen:
         raise ValueError(f"layers is {layers!r}; expected a name, with * and ?, that fits a module")
     with shared_results():
-        unfit = [name for name in chosen if not may_be_swapped(names[name])]
+        inspected = inspected_modules(model)
+        unfit = [name for name in chosen if names[name] in inspected or not may_be_swapped(names[name])]
     if unfit:
         raise ValueError(
-            f"layers is {layers!r}; expected layers whose forward is a plain method, which {unfit[0]}'s is not"
+            f"layers is {layers!r}; expected layers whose forward is a plain method and whose class no code of the "
+            f"model compares, unlike {unfit[0]}"
         )
     warn_if_simulated(model)
     around = Offloading(least)

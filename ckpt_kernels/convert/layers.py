@@ -6,6 +6,7 @@ from torch import nn
 
 from .attribute_loads import is_set
 from .code.call_graph import stores_attributes
+from .inspected import inspected_modules
 from .module_tree import children_of, initialized_parameters, modules_of, named_modules
 from .rules.norms import Norm
 from .swap import may_be_swapped, rule_of
@@ -17,14 +18,20 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The layers by name, in the order of the model's modules.
 
     A layer is a member of a `ModuleList` or `Sequential` that holds at least two matrices and a norm (in a model
-    without norms, at least two matrices), whose class can be exchanged, and which does not consist for the most part of
+    without norms, at least two matrices), whose class may be exchanged, and which does not consist for the most part of
     layers in lists inside. Where no list has such members, the layers are the members of the longest list.
     """
     names = {module: name for name, module in named_modules(model)}
     has_norms = any(map(_is_norm, names))
+    inspected = inspected_modules(model)
+
+    def takes_context(module: nn.Module) -> bool:
+        if not has_forward(module) or isinstance(module, nn.ModuleList) or module in inspected:
+            return False
+        return may_be_swapped(module)
 
     def is_layer(module: nn.Module) -> bool:
-        if count_matrices(module) < 2 or not _has_own_forward(module):
+        if count_matrices(module) < 2 or not takes_context(module):
             return False
         return not has_norms or any(map(_is_norm, modules_of(module)))
 
@@ -32,7 +39,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     if not layers:
         lists = [children_of(module) for module in names if isinstance(module, _LISTS)]
         longest: list[nn.Module] = max(lists, key=len, default=[])
-        layers = [member for member in longest if _has_own_forward(member)]
+        layers = [member for member in longest if takes_context(member)]
     order = {module: place for place, module in enumerate(names)}
     return {names[module]: module for module in sorted(dict.fromkeys(layers), key=order.__getitem__)}
 
@@ -61,10 +68,6 @@ def _is_norm(module: nn.Module) -> bool:
     if rule is not None:
         return isinstance(rule, Norm)
     return isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase)
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    return has_forward(module) and not isinstance(module, nn.ModuleList) and may_be_swapped(module)
 
 
 def count_matrices(module: nn.Module) -> int:

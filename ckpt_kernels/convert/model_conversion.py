@@ -129,7 +129,8 @@ class ModelConversion(LeafConverter):
             covered = self.selection.covers(module) or any(m in self.rules for m in modules_of(module))
             # A module at "none" needs a context too: the module may be in a checkpoint, and keeps outputs that the
             # model around would discard.
-            if (covered or module in self.levels.named) and may_be_swapped(module) and has_forward(module):
+            fit = has_forward(module) and may_be_swapped(module) and module not in self.selection.inspected
+            if fit and (covered or module in self.levels.named):
                 yield module
             elif module in self.levels.named:
                 self.leave(self.names[module], module, "its forward cannot be given a level of its own")

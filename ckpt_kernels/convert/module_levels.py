@@ -196,5 +196,5 @@ class ConvertibleModules(Selection):
         super().__init__(model, include, exclude)
         self._levels = levels
 
-    def covers(self, module: nn.Module) -> bool:
-        return super().covers(module) and self._levels.of(module) != NONE
+    def why_not(self, module: nn.Module) -> str:
+        return super().why_not(module) or ("not selected" if self._levels.of(module) == NONE else "")

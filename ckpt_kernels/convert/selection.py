@@ -1,24 +1,35 @@
-"""Selects the modules that a conversion may change, by `include` and `exclude`."""
+"""Selects the modules that a conversion may change: by `include`, by `exclude`, and by the code around them."""
 
 from collections.abc import Iterable
 
 from torch import nn
 
+from .inspected import inspected_modules
 from .module_tree import modules_of, named_modules, names_fitting
 
 Choice = tuple[str | type[nn.Module], ...] | None
 
 
 class Selection:
-    """Modules that are included and not excluded, by name (with * and ?) or by class, each with all modules below."""
+    """Modules that are included and not excluded, by name (with * and ?) or by class, each with all modules below.
+
+    A module below one whose forward tells classes from subclasses (`type(layer) is nn.LayerNorm`) is not selected.
+    """
 
     def __init__(self, model: nn.Module, include: Choice, exclude: Choice) -> None:
         self._included = None if include is None else _chosen(model, include)
         self._excluded = _chosen(model, exclude or ())
+        self.inspected = inspected_modules(model)
 
     def covers(self, module: nn.Module) -> bool:
         """Whether the conversion may change that module."""
-        return module not in self._excluded and (self._included is None or module in self._included)
+        return not self.why_not(module)
+
+    def why_not(self, module: nn.Module) -> str:
+        """Why the conversion must not change that module; "" if it may."""
+        if module in self._excluded or not (self._included is None or module in self._included):
+            return "not selected"
+        return "a module around it reads the classes of modules inside" if module in self.inspected else ""
 
 
 def choice_of(model: nn.Module, given: Iterable[str | type[nn.Module]] | None, argument: str) -> Choice:

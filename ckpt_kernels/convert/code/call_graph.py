@@ -2,22 +2,24 @@
 
 import dis
 import functools
+import itertools
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .code_objects import cell_value, has_type, names_in
+from .code_objects import cell_value, has_type, imports_in, names_in
 from .memoization import memoized
 from .source import NoSource, decorator_chain
 
 # The directory of torch's files.
 _TORCH_DIRECTORY = os.path.join(os.path.dirname(torch.__file__), "")
-
+# The directory of the standard library's files, which may hold installed packages too.
+_STANDARD_DIRECTORY = os.path.join(os.path.dirname(os.__file__), "")
 
 # How deep containers of functions may nest.
 _DEPTH = 3
@@ -28,7 +30,7 @@ def reachable_functions(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]
     """The forward of a class and all Python functions outside torch that the forward may call.
 
     Candidates are methods of every kind in all classes of the method resolution order, properties, functions of the
-    class's file and of the modules which that file imports, functions in partial objects, lists and dicts, and the
+    class's file and of the modules which the code names, functions in partial objects, lists and dicts, and the
     wrappers of decorators in the function's own file. A function whose decorators cannot be unwrapped stands for
     itself.
     """
@@ -47,8 +49,17 @@ def functions_reachable_from(value: Any, kind: type) -> tuple[types.FunctionType
         seen.add(function)
         for part in _parts(function):
             reached.append(part)
-            waiting += _named_in(part, kind)
+            # What a function of the standard library calls is the library's own.
+            waiting += () if is_standard(part) else _named_in(part, kind)
     return tuple(reached)
+
+
+def is_standard(function: types.FunctionType) -> bool:
+    """Whether a function was defined in a file of Python's standard library, which may be frozen into Python."""
+    file = function.__code__.co_filename
+    if file.startswith(_STANDARD_DIRECTORY):
+        return not file.removeprefix(_STANDARD_DIRECTORY).startswith(("site-packages", "dist-packages"))
+    return file.startswith("<frozen ")
 
 
 def _parts(function: types.FunctionType) -> list[types.FunctionType]:
@@ -81,10 +92,11 @@ def methods_of(kind: type) -> dict[types.FunctionType, str]:
 def _named_in(function: types.FunctionType, kind: type) -> Iterator[types.FunctionType]:
     """The functions behind the names in a function's code, and those in its closure."""
     namespace = function.__globals__
-    modules = [m for m in namespace.values() if has_type(m, types.ModuleType) and not belongs_to_torch(m)]
+    names = names_in(function.__code__)
+    modules = _modules_named(function, names)
     owners = [owner for owner in kind.__mro__ if not belongs_to_torch(owner)]
     values: list[Any] = list(map(cell_value, function.__closure__ or ()))
-    for name in names_in(function.__code__):
+    for name in names:
         # In all classes of the method resolution order, because `super()` may call any.
         values += [vars(owner)[name] for owner in owners if name in vars(owner)]
         values.append(namespace.get(name))
@@ -92,6 +104,18 @@ def _named_in(function: types.FunctionType, kind: type) -> Iterator[types.Functi
         values += [value for value in imported if has_type(value, types.FunctionType)]
     for value in values:
         yield from functions_held_by(value)
+
+
+def _modules_named(function: types.FunctionType, names: Collection[str]) -> list[types.ModuleType]:
+    """The Python modules that a function imports, or that are globals among these names, and the submodules among the
+    names; without torch's."""
+    package = function.__globals__.get("__package__")
+    imported = (sys.modules.get(name) for name in imports_in(function.__code__, package))
+    found: list[Any] = [module for module in imported if module is not None and not belongs_to_torch(module)]
+    for owner in itertools.chain((function.__globals__,), map(vars, found)):  # grows meanwhile
+        values = dict.fromkeys(value for name in names if has_type(value := owner.get(name), types.ModuleType))
+        found += [module for module in values if module not in found and not belongs_to_torch(module)]
+    return found
 
 
 # By the built-in type, because a method of a subclass could load what a lazy container holds.

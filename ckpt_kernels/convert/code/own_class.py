@@ -8,15 +8,15 @@ import ast
 import inspect
 import re
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
 
 from .call_graph import functions_held_by, functions_reachable_from, items_of, methods_of, reachable_functions
+from .class_uses import aliased, tells_subclasses
 from .code_objects import has_type, names_in
 from .memoization import memoized
-from .scope import Scope
 from .source import NoSource, definition_of
 from .syntax_trees import is_name
 
@@ -28,8 +28,6 @@ _OF_STRINGS = vars(re)
 _HARMLESS = frozenset(("lightning.pytorch.core.module", "pytorch_lightning.core.module"))
 # Methods that run before a conversion.
 _MAKERS = ("__init__", "__new__", "__init_subclass__")
-# Attributes of a class that a subclass does not inherit unchanged.
-_NOT_INHERITED = frozenset("__annotations__ __base__ __bases__ __dict__ __mro__ __subclasses__ mro".split())
 
 
 def inspects_own_class(module: nn.Module, original_of: Callable[[nn.Module], type[nn.Module]]) -> bool:
@@ -172,65 +170,5 @@ def _inspects_class(function: types.FunctionType, is_classmethod: bool, first: i
         tree = definition_of(function).tree
     except NoSource:
         return True
-    uses = _ClassUses(function, tree, is_classmethod, first)
-    return any(not uses.is_allowed(parent, child) for parent, child in uses.found())
-
-
-class _ClassUses:
-    """The expressions in a function that stand for the class of an argument."""
-
-    def __init__(self, function: types.FunctionType, tree: ast.FunctionDef, is_classmethod: bool, first: int) -> None:
-        code = function.__code__
-        self._tree = tree
-        self._scope = Scope(function, tree)
-        self._objects = set(code.co_varnames[first : code.co_argcount + code.co_kwonlyargcount])
-        self._classes = set(code.co_varnames[:1]) if is_classmethod else set()
-        assignments = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
-        # A name may be assigned from a name that a later line assigns, in a loop.
-        for _ in assignments:
-            for node in assignments:
-                names = {target.id for target in node.targets if isinstance(target, ast.Name)}
-                if self._is_class(node.value):
-                    self._classes |= names
-                elif is_name(node.value, self._objects):
-                    self._objects |= names
-
-    def found(self) -> Iterator[tuple[ast.AST, ast.AST]]:
-        """The expressions, each after the node around."""
-        for parent in ast.walk(self._tree):
-            for child in ast.iter_child_nodes(parent):
-                if self._is_class(child):
-                    yield parent, child
-
-    def is_allowed(self, parent: ast.AST, child: ast.AST) -> bool:
-        """Whether a use gives the same for a subclass that overrides methods."""
-        if isinstance(parent, ast.Attribute):
-            return isinstance(parent.ctx, ast.Load) and parent.attr not in _NOT_INHERITED
-        if isinstance(parent, ast.Assign):
-            return all(isinstance(target, ast.Name) for target in parent.targets)
-        if not isinstance(parent, ast.Call):
-            return isinstance(parent, ast.FormattedValue)
-        if parent.func is child or is_name(parent.func, ("str", "repr", "print")):
-            return True
-        is_first = bool(parent.args) and parent.args[0] is child
-        if is_first and is_name(parent.func, ("getattr", "hasattr")):
-            return not _NOT_INHERITED.intersection(self._texts(parent.args[1]))
-        return is_first and is_name(parent.func, ("issubclass",))
-
-    def _texts(self, tree: ast.expr) -> set[str]:
-        """The values that an expression may have: a constant, or an item of a global dict; else all names."""
-        if isinstance(tree, ast.Constant):
-            return {str(tree.value)}
-        table = self._scope.value(tree.value) if isinstance(tree, ast.Subscript) else None
-        values = items_of(table)
-        return set(values) if values and all(has_type(value, str) for value in values) else set(_NOT_INHERITED)
-
-    def _is_class(self, node: ast.AST) -> bool:
-        """Whether a node is `type(name)` or `name.__class__` for an object's name, or the name of a class."""
-        if isinstance(node, ast.Name):
-            return node.id in self._classes and isinstance(node.ctx, ast.Load)
-        if isinstance(node, ast.Attribute):
-            return node.attr == "__class__" and is_name(node.value, self._objects)
-        if not isinstance(node, ast.Call) or not is_name(node.func, ("type",)) or len(node.args) != 1:
-            return False
-        return is_name(node.args[0], self._objects)
+    arguments = set(code.co_varnames[first : code.co_argcount + code.co_kwonlyargcount])
+    return tells_subclasses(function, tree, aliased(tree, arguments), code.co_varnames[: int(is_classmethod)])

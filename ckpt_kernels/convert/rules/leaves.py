@@ -36,8 +36,8 @@ class LeafConverter:
         if rule is None:
             if reason:
                 self.leave(name, module, reason)
-        elif not self.selection.covers(module):
-            self.leave(name, module, "not selected")
+        elif why := self.selection.why_not(module):
+            self.leave(name, module, why)
         elif parametrize.is_parametrized(module):
             self.leave(name, module, "its parameters are parametrized")
         elif "forward" in module.__dict__:

@@ -1,0 +1,52 @@
+"""Uses of children's classes: whether a forward tells the converted class of a module inside from the original."""
+
+import ast
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .call_graph import is_standard, methods_of, reachable_functions
+from .class_uses import aliased, tells_subclasses
+from .code_objects import names_in
+from .memoization import memoized
+from .source import NoSource, definition_of
+from .syntax_trees import stored_names
+
+
+@memoized
+def inspects_classes_inside(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class, or a function that the forward may call, uses the class of an object that may be
+    a module inside, in a way that tells a subclass from the class (see `class_uses`).
+
+    That is any object but the module itself and the arguments of the forward. Functions of the standard library, which
+    are reached by names alone, do not count.
+    """
+    methods = methods_of(kind)
+    reached = (function for function in reachable_functions(kind) if not is_standard(function))
+    return any(_inspects(function, methods.get(function)) for function in reached)
+
+
+def _inspects(function: types.FunctionType, method: str | None) -> bool:
+    """Whether a function uses the class of an object; `method` is the function's name in the class, None if in none."""
+    if not {"type", "__class__"} & names_in(function.__code__):
+        return False
+    try:
+        tree = definition_of(function).tree
+    except NoSource:
+        return True
+    return tells_subclasses(function, tree, _may_be_inside(function, tree, method))
+
+
+def _may_be_inside(
+    function: types.FunctionType, tree: ast.FunctionDef, method: str | None
+) -> Callable[[ast.AST], bool]:
+    code = function.__code__
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    # `self`, or the class: see `own_class`. An argument of the forward is no module inside, unless rebound.
+    known: Any = arguments if method == "forward" else arguments[:1] if method else ()
+    known = set(known) - stored_names(tree)
+    is_known = aliased(tree, known)
+    plain = (ast.Constant, ast.JoinedStr, ast.Tuple, ast.List, ast.Dict, ast.Set)
+    return lambda node: not isinstance(node, plain) and not is_known(node)

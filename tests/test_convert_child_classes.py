@@ -1,0 +1,157 @@
+"""Forwards that read the classes of the modules inside, which a converted module's subclass must not change."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+
+from .conftest import DEVICE
+from .conversion import WIDTH, close, random_tensor, reason_of, results_of, twins
+
+RESIDUAL = {nn.LayerNorm: 1.0, nn.GELU: 0.5}
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH)])
+
+    def weigh(self, layer: nn.Module) -> float:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x * self.weigh(layer) + layer(x)
+        return x
+
+
+class ByIs(Layers):
+    def weigh(self, layer: nn.Module) -> float:
+        return 1.0 if type(layer) is nn.LayerNorm else 0.0
+
+
+class ByTable(Layers):
+    def weigh(self, layer: nn.Module) -> float:
+        return RESIDUAL.get(type(layer), 0.0)
+
+
+class ByAttribute(Layers):
+    def weigh(self, layer: nn.Module) -> float:
+        kind = layer.__class__
+        return float(kind in (nn.LayerNorm, nn.RMSNorm) or not kind != nn.GELU)
+
+
+class ByChild(Layers):
+    def weigh(self, layer: nn.Module) -> float:
+        return float(type(self.layers[2]) is nn.LayerNorm and layer is self.layers[2])
+
+
+def weight_of(module: nn.Module) -> float:
+    return float(type(module) is nn.GELU)
+
+
+class ByHelper(Layers):
+    def weigh(self, layer: nn.Module) -> float:
+        return weight_of(layer)
+
+
+class ByPlace(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        kinds = [type(layer) for layer in self.layers]
+        for layer, kind in zip(self.layers, kinds, strict=True):
+            x = x + layer(x) if kind is nn.LayerNorm else layer(x)
+        return x
+
+
+class ByMethodOfClass(Layers):
+    def weigh(self, layer: nn.Module) -> float:
+        return float(nn.LayerNorm in type(layer).__mro__[:1])
+
+
+INSPECTING = (ByIs, ByTable, ByAttribute, ByChild, ByHelper, ByPlace, ByMethodOfClass)
+
+
+@pytest.mark.parametrize("recompute", ["block", "output", "all", "layer"])
+@pytest.mark.parametrize("kind", INSPECTING)
+def test_modules_keep_their_class_where_a_forward_around_reads_it(kind: type[Layers], recompute: Any) -> None:
+    model, converted = twins(kind)
+    report = ckpt_kernels.convert(converted, recompute=recompute)
+    assert reason_of(report, "layers.2") == "a module around it reads the classes of modules inside"
+    x = random_tensor(3, WIDTH)
+    assert close(results_of(model, x), results_of(converted, x))
+
+
+@pytest.mark.parametrize("around", [lambda kind: nn.Sequential(kind(), nn.LayerNorm(WIDTH)), lambda kind: kind()])
+def test_a_level_by_name_does_not_change_such_a_class(around: Callable[[type], nn.Module]) -> None:
+    model, converted = twins(lambda: around(ByIs))
+    report = ckpt_kernels.convert(converted, recompute={"*layers.2": "output"})
+    (name,) = [name for name, module in model.named_modules() if name.endswith("layers.2")]
+    assert reason_of(report, name) is not None
+    x = random_tensor(3, WIDTH)
+    assert close(results_of(model, x), results_of(converted, x))
+
+
+def test_a_module_added_to_such_a_parent_keeps_its_class() -> None:
+    model, converted = twins(lambda: nn.Sequential(ByIs(), nn.LayerNorm(WIDTH)))
+    ckpt_kernels.convert(converted)
+    for each in (model, converted):
+        each[0].layers.append(nn.LayerNorm(WIDTH).to(DEVICE))
+    x = random_tensor(3, WIDTH)
+    assert close(results_of(model, x), results_of(converted, x))
+    assert type(converted[0].layers[3]) is nn.LayerNorm
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if type(block) is Block else block(x, x)
+        return x
+
+
+def test_plans_and_offloading_leave_such_layers() -> None:
+    model, planned = twins(Blocks)
+    x = random_tensor(8, WIDTH)
+    ckpt_kernels.plan(planned, x, budget=None).apply()
+    assert close(results_of(model, x), results_of(planned, x))
+    with pytest.raises(ValueError, match=r"whose class no code of the model compares, unlike blocks\.0"):
+        ckpt_kernels.offload.offload(Blocks(), "blocks.*")
+
+
+class Allowed(Layers):
+    """Uses of classes that are the same for a subclass, or of arguments of the forward."""
+
+    def forward(self, x: Any) -> Tensor:
+        x = torch.stack(x).sum(0) if type(x) in (list, tuple) else x
+        for layer in self.layers:
+            self.last = f"{type(layer).__name__} {layer.__class__}"
+            if not isinstance(layer, nn.Linear) and type(layer.eps if hasattr(layer, "eps") else 1) is float:
+                x = x + layer(x)
+            else:
+                x = layer(x)
+        return x
+
+
+def test_other_uses_of_classes_hinder_nothing() -> None:
+    model, converted = twins(Allowed)
+    report = ckpt_kernels.convert(converted)
+    assert [entry.name for entry in report.replaced] == ["layers.1", "layers.2"]
+    x = random_tensor(3, WIDTH)
+    assert close(results_of(model, x), results_of(converted, x))
+    assert converted.last.startswith("LayerNorm")
