@@ -65,8 +65,7 @@ class BufferSnapshot:
         """A context in which the buffer has the value from the start of the first pass; afterwards the current value
         returns.
 
-        The values are written through `.data`, so that version counters do not change: a node may have saved the
-        buffer.
+        The values are written through `.data`, and the version counter returns too: a node may have saved the buffer.
         """
         current = self.tensor.detach().clone()
         if self._value is not None:
@@ -76,7 +75,13 @@ class BufferSnapshot:
                 f"a checkpointed layer writes to a buffer of {self.tensor.numel():,} elements; expected at most "
                 f"{self._MOST:,}, of which a copy is kept, or a layer that is not checkpointed"
             )
+        is_versioned = self._version is not None
         try:
-            yield
+            with (
+                torch.autograd._unsafe_preserve_version_counter(self.tensor)
+                if is_versioned
+                else contextlib.nullcontext()
+            ):
+                yield
         finally:
             self.tensor.data.copy_(current)

@@ -203,7 +203,7 @@ def test_the_command_prints_saves_and_draws_a_plan(capsys: pytest.CaptureFixture
     assert str(Plan.load(out)) == capsys.readouterr().out.rstrip("\n")
     assert png.stat().st_size > 10_000
     assert cli.main(["plan", target, "--budget", "1k"]) == 1
-    assert "the least that any choice takes" in capsys.readouterr().err
+    assert "the smallest peak that was measured" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["plan", target, "--budget", "much"])
     assert "budget is 'much'" in capsys.readouterr().err

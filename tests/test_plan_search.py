@@ -95,9 +95,22 @@ def test_a_plan_measured_above_the_budget_is_replanned_for_less() -> None:
     assert "too few at first" in found.note
 
 
-def test_no_plan_above_the_budget_is_returned() -> None:
-    with pytest.raises(DoesNotFit, match="at least 70"):
-        Searching([70] * 10).found(60)
+def test_a_level_that_fits_is_chosen_where_all_plans_are_above_the_budget() -> None:
+    assert Searching([70] * 20).found(60).measured.peak == 52
+
+
+def test_the_least_peak_is_the_smallest_that_was_measured() -> None:
+    for peaks, least in (([70] * 20, 29), ([70, 24, *[70] * 20], 24)):
+        with pytest.raises(DoesNotFit, match=f"at least {least}") as raised:
+            Searching(peaks).found(20)
+        assert raised.value.least == least
+
+
+def test_other_plans_are_tried_where_predictions_differ_in_error() -> None:
+    """The error of one plan leaves no memory for any other by prediction."""
+    search = Searching([70, 200, 60])
+    assert search.found(60).measured.peak <= 60
+    assert len(set(search.predicted)) == len(search.predicted) == 3
 
 
 def test_eager_is_chosen_if_it_fits_and_is_faster() -> None:

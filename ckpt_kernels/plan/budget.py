@@ -23,12 +23,12 @@ class DoesNotFit(ValueError):
 
     Attributes:
         budget: in bytes.
-        least: the smallest peak that was measured at any choice, in bytes.
+        least: the smallest peak that was measured, of plans and of levels for the whole model, in bytes.
         note: remarks on the measurements, such as choices that were skipped.
     """
 
     def __init__(self, budget: int, least: int, note: str = "") -> None:
-        least_of_all = f"expected at least {least:,}, the least that any choice takes"
+        least_of_all = f"expected at least {least:,}, the smallest peak that was measured"
         super().__init__(f"budget is {budget:,} bytes; {least_of_all}{f' ({note})' if note else ''}")
         self.budget, self.least, self.note = budget, least, note
 

@@ -1,6 +1,7 @@
 """Turns measured costs into a plan: solves for the best assignment, then runs a step to check its memory and time."""
 
 import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,9 @@ from .trials import step_name
 # Plans whose times differ by less than this fraction count as equally fast, and the one of less memory wins.
 SLACK = 0.005
 # How many plans are tried when measured peaks exceed the budget.
-_ATTEMPTS = 4
+_ATTEMPTS = 3
+# How many more plans are tried after these.
+_OTHERS = 6
 # How many times each candidate that fits is timed, in turn with the others.
 _TURNS = 2
 
@@ -47,24 +50,45 @@ def fastest(model: nn.Module, bench: Bench, measurements: Measurements, budget: 
     frontier = list(zip(front.needs.tolist(), front.seconds.tolist(), strict=True))
     plans = _Plans(model, bench.input_shape, measurements, budget, _bound(measurements, solver, budget), frontier)
     notes = measurements.notes
-    excess = 0
-    for attempt in range(_ATTEMPTS):
-        assignment = _best(solver, None if budget is None else budget - excess)
-        is_least = assignment is None or attempt == _ATTEMPTS - 1
-        if assignment is None or is_least:
-            assignment = solver.best(int(front.needs[0]))
-            assert assignment is not None
+    errors = [0]
+    peaks: dict[Assignment, int] = {}
+    for assignment in _candidates(solver, budget, errors):
+        if assignment in peaks:
+            continue
         plan = plans.of(assignment)
-        peak = bench.peak("memory of the plan", bench.twin(plan))
+        peaks[assignment] = peak = bench.peak("memory of the plan", bench.twin(plan))
         if budget is None or peak <= budget:
-            if excess:
-                notes = [*notes, f"costs predicted {excess:,} bytes too few at first"]
+            if max(errors):
+                notes = [*notes, f"costs predicted {max(errors):,} bytes too few at first"]
             plan = replace(plan, measured=replace(plan.measured, peak=peak), note="; ".join(notes))
             return replace(_race(bench, plan, _rivals(plans, plan)), count=bench.count)
-        if is_least:
-            raise DoesNotFit(budget, peak, "; ".join(notes))
-        excess = max(excess, peak - plan.predicted.peak)
-    raise AssertionError("the last attempt returns or raises")
+        errors.append(peak - plan.predicted.peak)
+    for rival in _rivals(plans, plan).values():
+        return replace(_race(bench, rival, {}), count=bench.count)
+    assert budget is not None
+    least = min(*peaks.values(), *(step.peak for step in measurements.steps.values()))
+    raise DoesNotFit(budget, least, "; ".join(notes))
+
+
+def _candidates(solver: Solver, budget: int | None, errors: Sequence[int]) -> Iterator[Assignment]:
+    """The assignments to try in turn, until the measured peak of one is within the budget.
+
+    First the fastest within the budget less the largest of `errors`, by which predictions fell short so far. Errors
+    differ, so then others, from the fastest that should fit to the leanest.
+    """
+    for _ in range(_ATTEMPTS):
+        best = _best(solver, None if budget is None else budget - max(errors))
+        if best is None:
+            break
+        yield best
+    needs = solver.front.needs.tolist()
+    within = needs if budget is None else [need for need in needs if need <= budget]
+    others = needs[: max(_OTHERS, len(within))]
+    step = max(1, (len(others) - 1) / (_OTHERS - 1))
+    for place in range(min(_OTHERS, len(others))):
+        assignment = solver.best(others[len(others) - 1 - round(place * step)])
+        assert assignment is not None
+        yield assignment
 
 
 def _best(solver: Solver, budget: int | None) -> Assignment | None:
