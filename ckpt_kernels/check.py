@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import memory
+from . import memory, random_draws
 from .convert import Report, convert, revert
 from .model_argument import check_model
 from .model_copies import copy_of
@@ -104,9 +104,9 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     """Runs copies of `model` on `inputs`, one unchanged and one converted. The model itself stays unchanged.
 
     Each copy runs twice, the second time on a batch with the samples in another order. Errors are those of the first
-    run against a float64 copy: of the outputs, and of the gradients of a random projection of the outputs. They are
-    measured in evaluation mode if the model draws random numbers in training mode. Times are medians of `turns` steps
-    of each copy, taken alternately.
+    run against a float64 copy with the same random numbers: of the outputs, and of the gradients of a random projection
+    of the outputs. They are measured in evaluation mode if the model draws random numbers in training mode. Times are
+    medians of `turns` steps of each copy, taken alternately.
 
     Args:
         model: a module.
@@ -142,7 +142,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     before = state_of(twin)
     report = convert(twin, recompute=recompute)
     changed = [f"convert itself changed {name}" for name in different(before, state_of(twin))]
-    truth = _results(copy_of(plain).double(), each_of(inputs, in_double))[0]
+    truth = _truth(plain, inputs)
     runs, states = [], []
     for which in (plain, twin):
         batches = (inputs, reordered(inputs))
@@ -193,6 +193,18 @@ def _results(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], Any]:
     results = {f"output {i}": y.detach() for i, y in enumerate(outputs_of(value))}
     results |= {f"grad {name}": g for name, g in zip(named, grads, strict=True) if g is not None}
     return results, types_in(value)
+
+
+def _truth(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """The results of a float64 copy with the random numbers that the model itself draws."""
+    run = functools.partial(_results, copy_of(model).double(), each_of(inputs, in_double))
+    if not draws_random_numbers(copy_of(model), inputs):
+        return run()[0]
+    draws: list[Tensor] = []
+    with random_draws.recorded(draws):
+        _from_same_seeds(functools.partial(_results, copy_of(model), inputs))
+    with random_draws.repeated(draws):
+        return _from_same_seeds(run)[0][0]
 
 
 def _from_same_seeds(run: Callable[[], Any]) -> tuple[Any, list[Any]]:

@@ -22,7 +22,7 @@ class Errors:
         converted: the same for the converted model.
         difference: the norm of the difference between the two, divided by the norm of the truth.
         worst: the tensor with the largest ratio of the converted model's error to the model's own error; "" if no
-            element is finite, so that there is nothing to compare.
+            element is finite, so that there is nothing to compare; "none has elements" if all tensors are empty.
         worst_ratio: that ratio.
     """
 
@@ -39,6 +39,8 @@ def errors_of(
 ) -> Errors:
     """The errors of the outputs or of the gradients, whose names start with `prefix`."""
     names = [name for name in truth if name.startswith(prefix) and name in eager and name in ours]
+    if not any(truth[name].numel() for name in names):
+        return Errors(what, 0.0, 0.0, 0.0, "none has elements", 1.0)
     # `_compared` has checked that the same elements are nan or infinite; they have no error.
     finite = {n: truth[n].isfinite() & eager[n].isfinite() & ours[n].isfinite() for n in names}
     if not any(mask.any() for mask in finite.values()):

@@ -1,5 +1,7 @@
 """`check` and the command `convert-check`."""
 
+import random
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,3 +41,36 @@ def test_check_command(capsys: pytest.CaptureFixture) -> None:
 def test_check_needs_a_gradient() -> None:
     with pytest.raises(ValueError, match=r"outputs have no gradient"):
         check(mlps().to(DEVICE).requires_grad_(False), (random_tensor(3, WIDTH),))
+
+
+class Noisy(nn.Module):
+    """Draws numbers of two generators in both modes. With `writes`, also writes past autograd to what it reads, a
+    documented difference: the gradients of the converted model are other numbers."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.writes = writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.randn_like(x) + torch.empty_like(x).uniform_() * random.random()
+        h = self.norm(x)
+        y = self.first(h)
+        if self.writes:
+            h.data[:, 0] = 3.0
+        return y + self.second(h)
+
+
+def test_random_numbers_in_evaluation_mode_hide_nothing() -> None:
+    inputs = (random_tensor(16, WIDTH),)
+    for writes in (False, True):
+        found = check(Noisy(writes).to(DEVICE), inputs, turns=1)
+        assert found.mode == "evaluation"
+        assert all(errors.eager < 1e-5 for errors in found.errors)
+        assert [change.partition(" are")[0] for change in found.changed] == (["gradients"] if writes else [])
+
+
+def test_an_empty_batch_has_no_differences() -> None:
+    found = check(mlps().to(DEVICE), (random_tensor(0, WIDTH),), turns=1)
+    assert found.changed == []
+    assert {errors.worst for errors in found.errors} == {"none has elements", "grad 0.0.weight"}

@@ -200,3 +200,16 @@ def test_parameters_and_buffers_of_the_module_do_not_count() -> None:
 def test_a_compiled_model_is_measured() -> None:
     model, x = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)), torch.randn(4, 8)
     assert memory.saved_bytes(torch.compile(model, backend="eager"), x) == memory.saved_bytes(model, x)
+
+
+def test_memory_is_not_measured_within_another_profiler() -> None:
+    def measured() -> None:
+        memory.peak_bytes(lambda: torch.ones(1000))
+
+    with pytest.raises(RuntimeError, match="a profiler of torch runs; expected none"):
+        memory.peak_bytes(measured)
+    with torch.profiler.profile() as profile:
+        with pytest.raises(RuntimeError, match="a profiler of torch runs"):
+            measured()
+        torch.ones(3)
+    assert any(event.name == "aten::ones" for event in profile.events())

@@ -21,6 +21,7 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
     Raises:
         TypeError: `fn` is not callable.
         ValueError: the device is neither the CPU nor a CUDA device.
+        RuntimeError: for the CPU, if a profiler of torch runs already, as within `fn` itself.
 
     Example:
         >>> ckpt_kernels.memory.peak_bytes(lambda: torch.ones(1024).sum()) >= 4096
@@ -49,7 +50,12 @@ def allocations(fn: Callable[[], Any]) -> list[int]:
 
 
 def profile_of_memory() -> torch.profiler.profile:
-    """A profiler that records every allocation of CPU memory."""
+    """A profiler that records every allocation of CPU memory.
+
+    Raises RuntimeError if a profiler runs already: torch has one, and a second would empty the records of the first.
+    """
+    if torch.autograd._profiler_enabled():
+        raise RuntimeError("a profiler of torch runs; expected none, because CPU memory is counted by this profiler")
     # The profiler logs every start and stop. The level is read when the first profiler of the process starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
