@@ -34,23 +34,9 @@ CODES = {name: code for code, name in enumerate(NAMES)}
 
 Activation = str | nn.Module | Callable[[torch.Tensor], torch.Tensor]
 
-FUNCTIONS = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.leaky_relu: "leaky_relu",
-    F.elu: "elu",
-    F.gelu: "gelu",
-    F.silu: "silu",
-    F.mish: "mish",
-    F.sigmoid: "sigmoid",
-    torch.sigmoid: "sigmoid",
-    F.tanh: "tanh",
-    torch.tanh: "tanh",
-    F.hardswish: "hardswish",
-    F.softplus: "softplus",
-    F.relu6: "relu6",
-    F.hardtanh: "hardtanh",
-}
+# Torch's functions of these names; gelu is the exact one.
+FUNCTIONS = {getattr(module, name): name for module in (F, torch) for name in NAMES if hasattr(module, name)}
+FUNCTION_NAMES = frozenset(FUNCTIONS.values())
 
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 

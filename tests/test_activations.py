@@ -105,7 +105,6 @@ def test_every_table_has_every_activation() -> None:
     header = (ROOT / "csrc" / "math" / "activations.h").read_text()
     table = dict(re.findall(r"X\((\d+), (\w+)\)", header))
     assert [table[str(code)].lower() for code in CODES.values()] == [name.replace("_", "") for name in NAMES]
-    assert f"activation_count = {len(NAMES)};" in header
     folder = ROOT / "ckpt_kernels" / "backends" / "triton"
     triton = "".join((folder / f"{file}.py").read_text() for file in ("piecewise", "activations"))
     for name in NAMES:

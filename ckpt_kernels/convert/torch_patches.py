@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import FUNCTION_NAMES
 from .code.call_graph import belongs_to_torch
 from .native_guards import Binding, are_same_untraced
 
-_OF_FUNCTIONAL = """batch_norm dropout elu gelu glu group_norm hardswish hardtanh instance_norm layer_norm leaky_relu
-    linear mish relu relu6 rms_norm sigmoid silu softplus tanh""".split()
+_OF_FUNCTIONAL = sorted(
+    FUNCTION_NAMES.union("batch_norm dropout glu group_norm instance_norm layer_norm linear rms_norm".split())
+)
 _OF_TORCH = """add addmm batch_norm chunk erf group_norm instance_norm layer_norm mul pow relu rms_norm rsqrt sigmoid
     sqrt square tanh""".split()
 # The methods by which blocks are known, and those of the operations that are allowed in trials and formulas.

@@ -255,8 +255,6 @@ struct Softplus {
   X(14, Relu6)              \
   X(15, Hardtanh)
 
-constexpr int activation_count = 16;
-
 // Calls `visitor(Struct{})` for the activation with this code. The ops have checked the code.
 template <class Visitor>
 CKPT_HD void visit_activation(int activation, Visitor visitor) {

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.autograd import Function
 
+from ...activations import FUNCTION_NAMES
 from ..attribute_loads import LOADS_PLAINLY, loads_plainly
 from ..native_guards import MISSING, Binding
 from .call_graph import belongs_to_torch
@@ -31,12 +32,11 @@ _SHAPES = {"shape", "size", "len"}
 _PIECEWISE = ("int", "max", "min")
 _CASTS = {"bfloat16", "contiguous", "float", "float16", "float32", "to", "type_as"}
 _CHOOSING_OPCODES = ("IS_OP", "CONTAINS_OP", "BINARY_SUBSCR", "COMPARE_OP")
-# The attributes of tensors and of torch that code may name: arithmetic, and the parts of norms.
-_ALLOWED = frozenset(
-    """Tensor add bfloat16 bias contiguous div dtype elu erf float float16 float32 forward functional gelu hardswish
-    hardtanh layer_norm leaky_relu math mean mish movedim mul neg nn normalize normalized_shape permute pi pow relu
-    relu6 rms_norm rsqrt shape sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type type_as
-    unsqueeze var view weight""".split()
+# The attributes of tensors and of torch that code may name: arithmetic, and the parts of norms, beside the activations.
+_ALLOWED = FUNCTION_NAMES.union(
+    """Tensor add bfloat16 bias contiguous div dtype erf float float16 float32 forward functional layer_norm math mean
+    movedim mul neg nn normalize normalized_shape permute pi pow rms_norm rsqrt shape size sqrt square std sub sum to
+    torch transpose type type_as unsqueeze var view weight""".split()
 )
 # The methods of a user's `autograd.Function`, both of which are read.
 _METHODS = ("forward", "backward")

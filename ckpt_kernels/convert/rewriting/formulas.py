@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ...activations import FUNCTION_NAMES
 from ..code.code_objects import has_type
 from ..code.scope import UNKNOWN, Scope
 from ..code.straight_line import Binding, Half
@@ -19,8 +20,7 @@ from ..code.straight_line import Binding, Half
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 # The functions in formulas: of one tensor, without in-place writes and random numbers.
-_PURE = """add div elu erf gelu hardswish hardtanh leaky_relu mish mul neg pow relu relu6 sigmoid silu softplus square
-    sub tanh""".split()
+_PURE = FUNCTION_NAMES.union("add div erf mul neg pow square sub".split())
 # The name of the value in the text of a formula.
 VALUE = "ckpt_value"
 _PURE_FUNCTIONS = frozenset(

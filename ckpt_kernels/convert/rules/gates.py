@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import recompute
+from ...activations import FUNCTION_NAMES
 from ...backends.reference import ACTIVATIONS
 from ..attribute_loads import LOADS_PLAINLY, loads_plainly, only_instances_define
 from ..code.call_graph import belongs_to_torch
@@ -25,11 +26,10 @@ from .gate_trials import GateTrial, gate_by_trial
 from .pointwise import activation_of
 from .trial import takes_one_argument
 
-# The attributes of tensors, of torch and of modules that the code of a gate may name.
-_NAMES = frozenset(
-    """Tensor add chunk clamp clamp_max clamp_min div dtype elu erf float float32 functional gelu hardswish hardtanh
-    leaky_relu math mish mul neg nn relu relu6 shape sigmoid silu size split sqrt sub tanh to torch type_as unbind
-    unflatten""".split()
+# The attributes of tensors, of torch and of modules that the code of a gate may name, beside activations.
+_NAMES = FUNCTION_NAMES.union(
+    """Tensor add chunk clamp clamp_max clamp_min div dtype erf float float32 functional math mul neg nn shape size
+    split sqrt sub to torch type_as unbind unflatten""".split()
 )
 _LARGEST = 2**62
 _TAKES_PARTS = frozenset(("chunk", "split", "unbind"))
