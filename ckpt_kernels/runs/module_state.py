@@ -1,9 +1,10 @@
 """The state of a layer's modules that a repeated call must find as the first call did: classes, parameters and whether
-they require gradients, buffers, children, hooks, and attributes that are numbers, strings or tensors without a graph.
+they require gradients, buffers, children, hooks, and attributes that are numbers, strings or tensors.
 
 A state holds the values and no copies, so a tensor that the forward pass replaces, such as the hidden state of a
-recurrent layer, is kept until the backward pass. Tensors with a graph are not held: in a graph that no backward pass
-frees, each call would hold the graph of the call before. Lists and other objects may hold such tensors.
+recurrent layer, is kept until the backward pass. Of tensors with a graph the values are held (see `graph_tensors`), and
+not the graph: in a graph that no backward pass frees, each call would hold the graph of the call before. Lists and
+other objects may hold such tensors, and are not held.
 """
 
 import collections
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..thin import direct
+from .graph_tensors import graph_tensors_in, reads
 
 Values = dict[str, Any]
 
@@ -79,18 +81,28 @@ class ModuleStates:
         copies: the copies of the modules' dicts.
     """
 
-    __slots__ = ("_attributes", "_containers", "_kinds", "_modules", "_parameters", "_partial", "_require_gradients")
+    __slots__ = (
+        *("_attributes", "_containers", "_graph_tensors", "_kinds", "_modules", "_parameters", "_partial"),
+        "_require_gradients",
+    )
 
     def __init__(self, modules: Sequence[nn.Module], parameters: Sequence[Tensor], copies: Copies) -> None:
         self._modules, self._kinds = modules, list(map(type, modules))
         self._parameters, self._require_gradients = parameters, list(map(_requires_grad, parameters))
         self._attributes, self._containers, self._partial = copies
+        self._graph_tensors = graph_tensors_in(self._partial)
+
+    def forget_unread(self) -> None:
+        """Forget the tensors with a graph that the call has replaced, and that no method of the modules reads."""
+        kinds = set(self._kinds)
+        self._graph_tensors = [t for t in self._graph_tensors if t.is_current() or reads(kinds, t.name)]
 
     def are_current(self) -> bool:
         """Whether the modules still have this state, whatever the values that are not held."""
         return (
             _are_same_dicts(self._attributes)
             and _are_same_dicts(self._containers)
+            and all(tensor.is_current() for tensor in self._graph_tensors)
             and list(map(type, self._modules)) == self._kinds
             and list(map(_requires_grad, self._parameters)) == self._require_gradients
         )
@@ -106,6 +118,8 @@ class ModuleStates:
             if list(now) != list(values):
                 now.clear()
                 now.update(values)
+        for tensor in self._graph_tensors:
+            tensor.restore()
         for module, kind in zip(self._modules, self._kinds, strict=True):
             if type(module) is not kind:
                 object.__setattr__(module, "__class__", kind)

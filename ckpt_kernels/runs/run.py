@@ -81,6 +81,8 @@ class Run:
             output = call.function(*args, **kwargs)
         is_running = False
         call.written = [buffer for buffer in buffers if buffer.is_written()]
+        if call.states is not None:
+            call.states.forget_unread()
         for number, tensor in enumerate(tensors_among(output)):
             link = Link(len(self._calls) - 1, number)
             self._links[id(tensor)] = weakref.ref(tensor), version_of(tensor), link
