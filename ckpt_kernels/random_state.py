@@ -1,10 +1,12 @@
 """The states of random number generators at the start of a layer's call, restored when the call is repeated.
 
-Torch's generators for the CPU, for the devices of a call's tensors and within the layer; Python's; and numpy's.
+Torch's generators for the CPU and for the devices of a call's tensors, Python's and numpy's global generators, and the
+generators of all three that are attributes within the layer.
 """
 
 import contextlib
 import ctypes
+import functools
 import random
 import struct
 import sys
@@ -124,6 +126,32 @@ class _OfNumpy:
         self._random.set_state(self._state)
 
 
+class _OfObject:
+    """The state of a generator of Python or numpy that is no global one."""
+
+    def __init__(self, generator: Any) -> None:
+        if isinstance(generator, random.Random):
+            self._get, self._set = generator.getstate, generator.setstate
+        elif hasattr(generator, "bit_generator"):
+            bits = generator.bit_generator
+            self._get, self._set = lambda: bits.state, lambda state: setattr(bits, "state", state)
+        else:  # numpy's RandomState
+            self._get, self._set = functools.partial(generator.get_state, legacy=False), generator.set_state
+        self._state = self._get()
+
+    def is_current(self) -> bool:
+        return _are_equal(self._get(), self._state)
+
+    def restore(self) -> None:
+        self._set(self._state)
+
+
+def generator_types() -> tuple[type, ...]:
+    """The classes of generators whose states are known: torch's, Python's, and numpy's once numpy is imported."""
+    numpy: Any = sys.modules.get("numpy.random")
+    return torch.Generator, random.Random, *(() if numpy is None else (numpy.Generator, numpy.RandomState))
+
+
 def _are_equal(one: Any, other: Any) -> bool:
     """Whether two states of numpy, dicts of numbers and arrays, are equal."""
     if isinstance(one, dict):
@@ -142,7 +170,7 @@ class RandomState:
         self._states = states
 
     @staticmethod
-    def now(generators: Iterable[torch.Generator], before: "RandomState | None" = None) -> "RandomState":
+    def now(generators: Iterable[Any], before: "RandomState | None" = None) -> "RandomState":
         """The present state of these generators, Python's and numpy's. States of `before` that are current are used."""
         known = {} if before is None else before._states
         numpy = sys.modules.get("numpy")
@@ -179,4 +207,6 @@ def _state_of(source: Any, known: _State | None) -> _State:
         return known
     if source is random:
         return _OfPython()
-    return _OfTorch(source) if isinstance(source, torch.Generator) else _OfNumpy()
+    if isinstance(source, torch.Generator):
+        return _OfTorch(source)
+    return _OfNumpy() if source is sys.modules.get("numpy") else _OfObject(source)

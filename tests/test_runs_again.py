@@ -220,7 +220,9 @@ def test_buffers_that_a_layer_writes_to_and_reads() -> None:
 
 
 @pytest.mark.parametrize("every", (1, 2))
-@pytest.mark.parametrize("kind", ("torch", "python", "numpy", "normal", "own"))
+@pytest.mark.parametrize(
+    "kind", ("torch", "python", "numpy", "normal", "own", "own of python", "own of numpy", "old of numpy")
+)
 def test_random_numbers_of_all_generators(kind: str, every: int) -> None:
     """If `every` is 2, every second layer draws a number, and so does the code behind each layer."""
     numpy = pytest.importorskip("numpy")
@@ -229,7 +231,7 @@ def test_random_numbers_of_all_generators(kind: str, every: int) -> None:
         def __init__(self, number: int) -> None:
             super().__init__()
             self.number = number
-            self.linear, self.generator = nn.Linear(WIDTH, WIDTH), torch.Generator().manual_seed(3)
+            self.linear, self.generator = nn.Linear(WIDTH, WIDTH), generator_of_kind()
             if every == 2:
                 self.register_forward_hook(lambda *given: None if is_repeating() else draw(self.generator) and None)
 
@@ -237,9 +239,18 @@ def test_random_numbers_of_all_generators(kind: str, every: int) -> None:
             factor = draw(self.generator) if self.number % every == 0 else 1.5
             return self.linear((x * factor).sin())
 
-    def draw(generator: torch.Generator) -> Any:
+    def generator_of_kind() -> Any:
+        if kind == "own of python":
+            return random.Random(3)
+        if kind == "own of numpy":
+            return numpy.random.default_rng(3)
+        return numpy.random.RandomState(3) if kind == "old of numpy" else torch.Generator().manual_seed(3)
+
+    def draw(generator: Any) -> Any:
         if kind in ("torch", "own"):
             return torch.rand((), generator=generator if kind == "own" else None)
+        if "of" in kind:
+            return generator.gauss(0, 1) if kind == "own of python" else generator.standard_normal()
         if kind == "python":
             return random.random()
         # Of two normal numbers made together numpy holds the second back.

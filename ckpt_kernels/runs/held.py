@@ -2,12 +2,12 @@
 
 import collections
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..random_state import generator_types
 from ..thin import direct
 from .module_state import CONTAINERS, NOT_HELD, OF_TORCH, Copies, ModuleStates, copies_of
 
@@ -23,27 +23,27 @@ class Held(NamedTuple):
     Attributes:
         parameters: the parameters.
         buffers: each buffer, with the module that it belongs to.
-        generators: the generators among the modules' attributes.
+        generators: the generators of torch, Python and numpy among the modules' attributes.
         states: the state of the modules.
     """
 
     parameters: list[nn.Parameter]
     buffers: list[tuple[Tensor, nn.Module]]
-    generators: list[torch.Generator]
+    generators: list[Any]
     states: ModuleStates
 
 
 def held_by(layer: nn.Module) -> Held | None:
     """Return what a layer holds; None if a parameter or buffer is lazy, and so has no value yet."""
     if direct.thin_module is not None:
-        found = direct.thin_module.held(layer, CONTAINERS, OF_TORCH, Tensor, torch.Generator, NOT_HELD)
+        found = direct.thin_module.held(layer, CONTAINERS, OF_TORCH, Tensor, generator_types(), NOT_HELD)
         if found is not None:
             modules_found, parameters_found, buffers_found, generators_found, copies = found
             states = ModuleStates(modules_found, parameters_found, Copies(*copies))
             return Held(parameters_found, buffers_found, generators_found, states)
     parameters: list[nn.Parameter | None] = []
     buffers: list[tuple[Tensor, nn.Module]] = []
-    generators: list[torch.Generator] = []
+    generators: list[Any] = []
     modules: list[nn.Module] = [layer]
     seen: dict[nn.Module, None] = {}
     for module in modules:
@@ -57,7 +57,7 @@ def held_by(layer: nn.Module) -> Held | None:
             modules += [child for child in module._modules.values() if child is not None]
         own = vars(module).values()
         if not _OTHER_TYPES.issuperset(map(type, own)):
-            generators += [value for value in own if isinstance(value, torch.Generator)]
+            generators += [value for value in own if isinstance(value, generator_types())]
     initialized = [parameter for parameter in parameters if parameter is not None]
     found = Held(initialized, buffers, generators, ModuleStates(list(seen), initialized, copies_of(list(seen))))
     return None if _is_any_lazy(found.parameters) or _is_any_lazy([buffer for buffer, _ in buffers]) else found
