@@ -1,7 +1,9 @@
 """`convert` on real architectures: results, parameter names, saved bytes, and the report."""
 
 import functools
+import gc
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from benchmarks import architectures
 from ckpt_kernels import memory
 
 from .conftest import DEVICE
+from .conversion import WIDTH, mlps, random_tensor
 
 LEVELS = ("block", "output", "all")
 
@@ -147,3 +150,22 @@ def test_unlisted_architectures(name: str, left_alone: set[str], share: float, m
     assert {entry.kind for entry in report.left_alone} == left_alone
     check_errors(truth, eager, step(model, inputs))
     assert memory.saved_bytes(lambda: architectures.outputs_of(model, inputs)) < share * kept
+
+
+@pytest.mark.parametrize("options", ({}, {"recompute": "layer"}, {"recompute": {"*": "checkpoint"}}, {"inputs": True}))
+def test_a_deleted_model_is_freed_at_once(options: dict[str, Any]) -> None:
+    """No reference cycle holds the model until Python's garbage collector runs."""
+    x = random_tensor(4, WIDTH)
+    model = mlps().to(DEVICE)
+    weight = weakref.ref(next(model.parameters()))
+    gc.collect()
+    gc.disable()
+    try:
+        ckpt_kernels.convert(model, **options | ({"inputs": x} if "inputs" in options else {}))
+        if "inputs" not in options:
+            model(x).sum().backward()
+            ckpt_kernels.revert(model)
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -1,5 +1,6 @@
 """`linear_cross_entropy`, compared with eager torch and float64, in chunks that do not divide the rows."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -183,13 +184,14 @@ WRONG = {
     "device": ({"target": torch.zeros(3, 11, dtype=torch.int64, device="meta")}, RuntimeError, "target is on meta"),
     "ignored": ({"ignore_index": None}, TypeError, "ignore_index is None; expected a whole number"),
     "less than no smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing is -0.1; expected"),
-    "negative cap": ({"softcap": -1.0}, ValueError, "softcap is -1.0; expected a positive number"),
+    "negative cap": ({"softcap": -1.0}, ValueError, "softcap is -1.0; expected a positive finite number"),
     "smoothing": (
         {"label_smoothing": 1.5},
         ValueError,
         "label_smoothing is 1.5; expected a probability between 0 and 1",
     ),
-    "cap": ({"softcap": 0.0}, ValueError, "softcap is 0.0; expected a positive number, or None"),
+    "cap": ({"softcap": 0.0}, ValueError, "softcap is 0.0; expected a positive finite number, or None"),
+    "infinite cap": ({"softcap": math.inf}, ValueError, "softcap is inf; expected a positive finite number"),
     "chunk of True": ({"chunk": True}, ValueError, "chunk is True; expected a positive whole number, or None"),
     "chunk": ({"chunk": 0}, ValueError, "chunk is 0; expected a positive whole number, or None"),
 }

@@ -276,3 +276,14 @@ def test_the_opposite_rotation_restores_the_heads(backend: str) -> None:
         back = F.rotary(there, angles.cos(), -angles.sin(), rotary_dim=16, layout=layout)
         torch.testing.assert_close(back, x)
         torch.testing.assert_close(there.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_a_compiler_may_not_know_sizes() -> None:
+    """Tables of half the columns, for which the two sizes are compared."""
+    input, cos, sin = (torch.randn(shape, device=DEVICE) for shape in ((2, 4, 6), (4, 3), (4, 3)))
+
+    def call(input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return F.rotary(input, cos, sin, rotary_dim=6)
+
+    compiled = torch.compile(call, backend="eager", dynamic=True, fullgraph=True)
+    torch.testing.assert_close(compiled(input, cos, sin), call(input, cos, sin))

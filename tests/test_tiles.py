@@ -296,3 +296,12 @@ def test_a_part_that_the_model_checkpoints_itself(level: str) -> None:
         torch.testing.assert_close(mine.grad, theirs.grad)
     # Outside of the model's forward, as in the second pass of the checkpoint, the method computes in tiles too.
     assert products(lambda: tiled[0].mlp(x)) > products(lambda: model[0].mlp(x))
+
+
+@pytest.mark.parametrize("kind", (ckpt_kernels.nn.MLP, ckpt_kernels.nn.GatedMLP))
+def test_a_module_with_tiles_is_exported_for_all_numbers_of_rows(kind: type[torch.nn.Module]) -> None:
+    module = kind(16, 32, recompute="all", tiles=3).to(DEVICE)
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(module, (torch.randn(4, 16, device=DEVICE),), dynamic_shapes=({0: batch},))
+    x = torch.randn(9, 16, device=DEVICE)
+    torch.testing.assert_close(exported.module()(x), module(x))

@@ -82,19 +82,20 @@ def _size(module: nn.Module) -> int:
 def above_lists(model: nn.Module) -> dict[nn.Module, None]:
     """The model, and all modules that contain one of the model's outermost `ModuleList`s."""
     above: dict[nn.Module, None] = {}
-
-    def holds(module: nn.Module) -> bool:
-        if module in seen:
-            return module in above
-        seen.add(module)
-        lists = [isinstance(child, nn.ModuleList) or holds(child) for child in children_of(module)]
-        if any(lists):
-            above[module] = None
-        return any(lists)
-
-    seen: set[nn.Module] = set()
-    holds(model)
+    _holds_list(model, set(), above)
     return {model: None} | above
+
+
+def _holds_list(module: nn.Module, seen: set[nn.Module], above: dict[nn.Module, None]) -> bool:
+    """Whether a module contains a `ModuleList`. Such modules are added to `above`."""
+    if module in seen:
+        return module in above
+    seen.add(module)
+    children = children_of(module)
+    lists = [isinstance(child, nn.ModuleList) or _holds_list(child, seen, above) for child in children]
+    if any(lists):
+        above[module] = None
+    return any(lists)
 
 
 def has_forward(module: nn.Module) -> bool:

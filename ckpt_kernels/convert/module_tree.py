@@ -16,20 +16,20 @@ def named_modules(model: nn.Module, duplicates: bool = False) -> Iterator[tuple[
 
     With `duplicates`, a module that occurs several times comes under each of the names, but not below itself.
     """
-    seen: set[nn.Module] = set()
+    return _walk(model, "", set(), duplicates)
 
-    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        if module in seen:
-            return
-        seen.add(module)
-        yield name, module
-        for key, child in module._modules.items():
-            if child is not None:
-                yield from walk(child, f"{name}.{key}" if name else key)
-        if duplicates:
-            seen.remove(module)
 
-    return walk(model, "")
+# No inner function: one that calls itself is a reference cycle, which would hold the modules in `seen`.
+def _walk(module: nn.Module, name: str, seen: set[nn.Module], duplicates: bool) -> Iterator[tuple[str, nn.Module]]:
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{name}.{key}" if name else key, seen, duplicates)
+    if duplicates:
+        seen.remove(module)
 
 
 def names_fitting(names: Iterable[str], pattern: str) -> list[str]:

@@ -1,5 +1,7 @@
 """A linear layer and the cross entropy of the logits, without the logits of all rows at one time."""
 
+import math
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -85,8 +87,8 @@ def linear_cross_entropy(
     one_of(reduction, _REDUCTIONS, "reduction")
     smoothing = probability(label_smoothing, "label_smoothing")
     cap = None if softcap is None else number(softcap, "softcap")
-    if cap is not None and not cap > 0:
-        raise ValueError(f"softcap is {softcap}; expected a positive number, or None")
+    if cap is not None and not 0 < cap < math.inf:
+        raise ValueError(f"softcap is {softcap}; expected a positive finite number, or None")
     if chunk is not None and not is_count(chunk):
         raise ValueError(f"chunk is {shown(chunk)}; expected a positive whole number, or None")
 

@@ -6,6 +6,7 @@ processed.
 
 import math
 
+import torch
 from torch import Tensor
 
 from .. import ops, thin
@@ -236,8 +237,9 @@ def tiles_for(tiles: int | None, recompute: str) -> int:
 
 def _seeds(input: Tensor, tiles: int, dropout_p: float, training: bool) -> tuple[float, list[Tensor | None]]:
     """The probability of dropout, and a seed for each tile. There are no more tiles than rows."""
-    # For one tile the rows are not counted, because a compiler may not know their number. Jagged tensors are processed
-    # as one tile.
-    count = 1 if tiles == 1 or input.is_nested else max(1, min(tiles, math.prod(input.shape[:-1])))
+    # For one tile the rows are not counted, because a compiler may not know their number. Compiled calls have one tile
+    # anyway, and jagged tensors are processed as one.
+    is_whole = tiles == 1 or input.is_nested or torch.compiler.is_compiling()
+    count = 1 if is_whole else max(1, min(tiles, math.prod(input.shape[:-1])))
     drawn = [dropout_seed(input, dropout_p, training) for _ in range(count)]
     return drawn[0][0], [seed for _, seed in drawn]

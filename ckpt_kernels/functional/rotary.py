@@ -158,7 +158,8 @@ def _check_table(table: Tensor, argument: str, input: Tensor) -> None:
     check_device(table, argument, input)
     lead, whole = shape_of(table)[:-1], shape_of(input)[:-1]
     fits = 1 <= table.dim() <= input.dim()
-    fits = fits and all(size in (1, other) for size, other in zip(reversed(lead), reversed(whole), strict=False))
+    pairs = zip(reversed(lead), reversed(whole), strict=False)
+    fits = fits and all(size == 1 or size == other for size, other in pairs)
     if not fits:
         raise RuntimeError(
             f"{argument} has shape {shape_of(table)}; expected (*, R) or (*, R / 2), which is broadcast beside the "
@@ -183,7 +184,8 @@ def _options(
     columns, entries = untraced(input.shape[-1]), untraced(cos.shape[-1])
     turned = entries if rotary_dim is None else whole(rotary_dim, "rotary_dim")
     start = whole(rotary_start, "rotary_start")
-    if turned % 2 or turned not in (entries, 2 * entries):
+    # Compared by ==, because a compiler looks for a size in a tuple by identity.
+    if turned % 2 or (turned != entries and turned != 2 * entries):
         raise ValueError(
             f"rotary_dim is {turned} and tables have {entries} columns; expected an even number, as many or twice that"
         )
