@@ -127,8 +127,6 @@ class _AllowedOperations(TrialMode):
         self._of_parts = of_parts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise NotTriable("draws random numbers")
         if torch.Tag.data_dependent_output in func.tags:
             raise NotTriable("decides by the values of its input")
         name = func.overloadpacket.__name__
