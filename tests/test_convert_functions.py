@@ -282,6 +282,18 @@ def test_a_method_of_the_converted_class_may_be_patched(rows: Tensor) -> None:
     compared(model, eager, rows)
 
 
+def test_a_patch_of_a_converted_class_reaches_no_later_conversion(rows: Tensor) -> None:
+    model, eager = HelperGate().to(DEVICE), HelperGate().to(DEVICE)
+    eager.load_state_dict(model.state_dict())
+    ckpt_kernels.convert(model)
+    patched = type(model)
+    patched.gelu = lambda self, gate: own_silu(gate)
+    ckpt_kernels.revert(model)
+    ckpt_kernels.convert(model)
+    assert type(model) is not patched
+    compared(model, eager, rows)
+
+
 @pytest.mark.parametrize("kind", [AsksForCUDA, AsksForADeviceOfItsOwn])
 def test_a_device_may_decide(kind: type[HelperGate], rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = kind().to(DEVICE)

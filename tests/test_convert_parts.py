@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 import ckpt_kernels
 
-from .conversion import WIDTH, close, random_tensor, results_of, twins
+from .conversion import WIDTH, close, kept, random_tensor, results_of, twins
 from .test_convert_tried import RMS, rows
 
 
@@ -407,3 +407,25 @@ def test_norms_in_16_bits_round_as_before(kind, dtype) -> None:
     given = random_tensor(64, WIDTH, dtype=dtype)
     ours, theirs = model(given), twin.to(dtype)(given)
     assert (ours != theirs).float().mean() < 0.01
+
+
+class SiLUWithAFlag(nn.Module):
+    """An activation that is no formula, because the flag `inplace` has no constant value."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.inplace = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x), inplace=self.inplace))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_silu_with_a_flag(inplace: bool) -> None:
+    model, eager = twins(lambda: SiLUWithAFlag(inplace))
+    x = random_tensor(64, WIDTH).requires_grad_()
+    report = ckpt_kernels.convert(model, recompute="all")
+    assert [entry.by for entry in report.replaced] == ["silu"]
+    assert close(results_of(model, x), results_of(eager, x))
+    # Out of place the product runs again, too: beside the input only the bias is kept.
+    assert inplace or kept(model, x) <= x.nbytes + 2 * model.up.bias.nbytes

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .code.call_graph import is_unpatched
-from .native_guards import MISSING
+from .native_guards import MISSING, Binding
 
 _GETATTRIBUTE = object.__getattribute__
 # None, which equals no method, where `nn.Module.__getattr__` is patched.
@@ -17,6 +17,11 @@ _GETATTR = nn.Module.__getattr__ if is_unpatched(nn.Module.__getattr__) else Non
 
 # Attributes of a class whose instances load attributes as torch's modules do.
 LOADS_PLAINLY = (("__getattribute__", _GETATTRIBUTE), ("__getattr__", _GETATTR))
+
+
+def plain_loads(kind: type[nn.Module]) -> list[Binding]:
+    """The bindings under which instances of the class load attributes so."""
+    return [(kind, name, value) for name, value in LOADS_PLAINLY]
 
 
 def is_set(module: nn.Module, name: str) -> bool:

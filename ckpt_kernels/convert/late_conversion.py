@@ -12,7 +12,7 @@ from ..levels import NONE
 from .adapters import is_adapter
 from .code.memoization import shared_results
 from .late_modules import LATE_CLASSES, module_entries, set_late_conversion
-from .module_tree import modules_of, named_modules
+from .module_tree import modules_of, named_modules, nearest
 from .report import LeftAlone, Replaced
 from .rewriting.methods import adapter_of
 from .rules.leaves import LeafConverter
@@ -115,9 +115,7 @@ class LateConversion:
 
     def _level_of(self, name: str) -> str:
         """The level of that module; without one, the level of the nearest module around that has one."""
-        while name and name not in self._levels:
-            name = name.rpartition(".")[0]
-        return self._levels[name]
+        return self._levels[nearest(name, self._levels)]
 
 
 def late_candidates(model: nn.Module) -> Iterable[nn.Module]:

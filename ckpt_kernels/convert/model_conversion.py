@@ -18,7 +18,7 @@ from .forward_contexts import (
 from .late_conversion import LateConversion, late_candidates
 from .layers import above_lists, count_matrices, has_forward, layers_of, may_not_repeat
 from .module_levels import AtLevel, ConvertibleModules, Levels
-from .module_tree import children_of, modules_of, named_modules, tensors_of
+from .module_tree import children_of, modules_of, named_modules, nearest, tensors_of
 from .report import Report
 from .rewriting.methods import RewrittenMethods, rewritten_methods_of
 from .rewriting.roles import looks_like_mlp
@@ -159,9 +159,8 @@ class ModelConversion(LeafConverter):
         if self.tiles == 1 and not self.levels.has_tiles:
             return ()
         policies = {self.names[module]: policy for module, (policy, _) in self.levels.named.items()}
-        while name and name not in policies:
-            name = name.rpartition(".")[0]
-        return (InTiles(policies.get(name, self.levels.whole).tiles or self.tiles),)
+        policy = policies.get(nearest(name, policies), self.levels.whole)
+        return (InTiles(policy.tiles or self.tiles),)
 
     def _set_contexts(self, module: nn.Module, contexts: tuple[ForwardContext, ...]) -> None:
         rule = rule_of(module)

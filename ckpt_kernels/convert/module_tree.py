@@ -5,7 +5,7 @@ here read torch's own dicts (`_modules`, `_parameters`, `_buffers`) and never ta
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -35,6 +35,13 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module], duplicates: bool) 
 def names_fitting(names: Iterable[str], pattern: str) -> list[str]:
     """The names of modules that a pattern with the wildcards * and ? fits. Brackets stand for themselves."""
     return fnmatch.filter(names, pattern.replace("[", "[[]"))
+
+
+def nearest(name: str, names: Container[str]) -> str:
+    """The name itself, or that of the nearest module around it, that is among the names; "" without one."""
+    while name and name not in names:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:

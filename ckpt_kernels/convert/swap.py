@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 from torch import nn
 
+from .class_members import has_members_as_made, remember_members, undo_subclass_hooks
 from .code.memoization import shared_results
 from .code.own_class import inspects_own_class
 from .forward_contexts import ForwardContext
@@ -195,7 +196,11 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
     """
     original, rule, contexts = conversion
     for subclass in type.__subclasses__(original):
-        if vars(subclass).get(_CONVERSION) == conversion and are_same(vars(subclass)[_BINDINGS]):
+        if (
+            vars(subclass).get(_CONVERSION) == conversion
+            and has_members_as_made(subclass)
+            and are_same(vars(subclass)[_BINDINGS])
+        ):
             return subclass
     methods = {name: method_bindings(original, name, getattr(original, name)) for name in ("forward", *rule.names)}
     members: dict[str, Any] = {
@@ -217,36 +222,14 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
     metaclass: Any = type(original)
     # No other base: with two, Python compares the layouts of the classes by the first bases alone.
     converted = _converting_metaclass(metaclass)(original.__name__, (original,), dict(members))
-    _undo_subclass_hooks(converted, original, members)
+    undo_subclass_hooks(converted, original, members)
     forward = method_bindings(converted, "forward", vars(converted).get("forward", original.forward))
     bindings = sum(methods.values(), forward)
     type.__setattr__(converted, _BINDINGS, bindings)
     type.__setattr__(converted, ACTIVATION, rule.activation_guard(bindings))
+    remember_members(converted)
     _classes[_PROCESS, id(converted)] = converted
     return converted
-
-
-def _undo_subclass_hooks(converted: type, original: type, members: dict[str, Any]) -> None:
-    """Removes the changes that an `__init_subclass__` or a metaclass made to the converted class, since the original
-    class already has them."""
-    for name, value in list(vars(converted).items()):
-        with contextlib.suppress(AttributeError, TypeError):
-            if name in members:
-                if value is not members[name] and not _must_be_outermost(name, value):
-                    type.__setattr__(converted, name, members[name])
-            # `_abc_impl` is Python's own, the cache of isinstance for abstract base classes.
-            elif name != "_abc_impl" and (name in vars(original) or not name.startswith("__")):
-                type.__delattr__(converted, name)
-
-
-def _must_be_outermost(name: str, wrapper: Any) -> bool:
-    """Whether a wrapper that an `__init_subclass__` put around a method looks the method up on the module's class.
-
-    The wrapper of transformers' checkpointed layers compares itself with the result, so each subclass must have its own
-    wrapper outermost.
-    """
-    names = wrapper.__code__.co_names if isinstance(wrapper, types.FunctionType) else ()
-    return name in names and ("type" in names or "__class__" in names)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ def read_function(function: types.FunctionType, allowed: frozenset[str]) -> Code
     reader = _FunctionReader(nn.Module(), allowed, {})
     reader.read_function(function)
     reader.read_modules()
-    return CodeSnapshot((nn.Module, (), ()), reader.dependencies)
+    return reader.snapshot()
 
 
 class SizeIndependentReader(CodeReader):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd import Function
 
 from ...activations import FUNCTION_NAMES
-from ..attribute_loads import LOADS_PLAINLY, loads_plainly
+from ..attribute_loads import loads_plainly, plain_loads
 from ..native_guards import MISSING, Binding
 from .call_graph import belongs_to_torch
 from .code_objects import cell_value, has_type
@@ -64,10 +64,10 @@ def read_forward(
         raise NotTriable("decides by the dtype of its input")
     reader.read_modules()
     if reader.settings:
-        reader.dependencies += [(type(module), name, value) for name, value in LOADS_PLAINLY]
+        reader.dependencies += plain_loads(type(module))
     settings = tuple(sorted(reader.settings.items()))
     described = type(module), settings, tuple(module._parameters)
-    return settings, CodeSnapshot(described, reader.dependencies, reader.helpers)
+    return settings, CodeSnapshot(reader.dependencies, reader.helpers, described)
 
 
 def depends_on_shapes(reader: "CodeReader") -> bool:
@@ -167,6 +167,10 @@ class CodeReader:
                     self.dependencies.append((members, name, members[name]))
                     if isinstance(members[name], types.ModuleType):
                         waiting.append(members[name])
+
+    def snapshot(self, also: Iterable[Binding] = ()) -> CodeSnapshot:
+        """All that was read, and these bindings."""
+        return CodeSnapshot([*also, *self.dependencies], self.helpers)
 
     def _read_code(self, code: types.CodeType, names: dict[str, Any]) -> None:
         if code in self._seen:

@@ -23,9 +23,12 @@ def as_setting(value: Any) -> Any:
     return FrozenList(value) if type(value) is list else value
 
 
-def attributes_of(settings: Settings) -> dict[str, Any]:
-    """The settings as attributes of a module."""
-    return {name: list(value) if type(value) is FrozenList else value for name, value in settings}
+def bare_module(kind: type[nn.Module], settings: Settings = ()) -> nn.Module:
+    """A module of that class with these settings, and without parameters; no code of the class runs."""
+    module = object.__new__(kind)
+    attributes = {name: list(value) if type(value) is FrozenList else value for name, value in settings}
+    module.__dict__.update(nn.Module().__dict__ | attributes)
+    return module
 
 
 def is_plain(value: Any) -> bool:

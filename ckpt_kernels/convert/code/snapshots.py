@@ -9,7 +9,7 @@ from torch import nn
 
 from ..native_guards import Binding, are_same
 from .code_objects import has_type
-from .settings import PLAIN_TYPES, Settings, attributes_of
+from .settings import PLAIN_TYPES, Settings, bare_module
 
 
 class NotTriable(Exception):
@@ -28,9 +28,9 @@ class CodeSnapshot:
 
     def __init__(
         self,
-        module: tuple[type[nn.Module], Settings, tuple[str, ...]],
         dependencies: Iterable[Binding],
         helpers: Iterable[str] = (),
+        module: tuple[type[nn.Module], Settings, tuple[str, ...]] = (nn.Module, (), ()),
     ) -> None:
         self._module = module
         self.helpers = tuple(sorted(helpers))
@@ -80,11 +80,10 @@ def _restored(
     from .reachability import read_forward
 
     # The empty dict has no such item: the snapshot is never the same.
-    never_same = CodeSnapshot((kind, settings, parameters), [({}, "", None)])
+    never_same = CodeSnapshot([({}, "", None)], module=(kind, settings, parameters))
     if has_finalizer(kind):
         return never_same
-    module = object.__new__(kind)
-    module.__dict__.update(nn.Module().__dict__ | attributes_of(settings))
+    module = bare_module(kind, settings)
     module.__dict__["_parameters"] = dict.fromkeys(parameters)
     with contextlib.suppress(NotTriable):
         snapshot = read_forward(module, gradients=True, every_dtype=True)[1]

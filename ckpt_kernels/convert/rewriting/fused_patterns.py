@@ -19,7 +19,7 @@ from ..attribute_loads import is_set
 from ..code.code_objects import has_type
 from ..rules.in_place import out_of_place, writes_over
 from ..rules.norms import Norm, RowNorm
-from ..rules.pointwise import activated
+from ..rules.pointwise import activated, has_halves
 from .aliases import are_views_of_one_base
 from .guards import are_chained, have_same_shape_dtype_device, is_per_sample, level_for_weights, share_gradient_need
 from .templates import Pattern, Results, pattern
@@ -131,7 +131,7 @@ def add_norm(left: Tensor, right: Tensor, norm: nn.Module, rule: Norm, p: float,
 
 @pattern("packed gate", "act(gate_half(input)) * value_half(input)")
 def packed_glu(input: Tensor, activation: str, layout: str, dim: int) -> Results | None:
-    if input.dim() == 0 or input.shape[-1] % 2 or dim not in (-1, input.dim() - 1):
+    if not has_halves(input, dim):
         return None
     return [F.packed_glu(input, activation=activation, layout=layout)]
 

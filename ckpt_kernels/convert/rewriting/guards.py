@@ -25,6 +25,7 @@ from ..operands import (
     matches_input,
 )
 from ..rules.norms import Norm
+from ..rules.pointwise import probability_of
 from ..swap import original_of, rule_in_force
 
 _F_DROPOUT = nn.functional.dropout
@@ -159,9 +160,8 @@ def dropout_probability(drop: Any, p: Any, training: Any) -> float | None:
         return None
     if nn.Dropout.forward is not _DROPOUT or _DROPOUT.__code__ is not _DROPOUT_CODE:
         return None
-    if type(drop.p) not in (float, int) or not 0 <= drop.p <= 1:
-        return None
-    return float(drop.p) if drop.training else 0.0
+    p = probability_of(drop)
+    return p if p is None or drop.training else 0.0
 
 
 def have_same_shape_dtype_device(tensor: Tensor, other: Tensor) -> bool:

@@ -22,7 +22,7 @@ from ..rules.activation_trials import TriedFunction, activation_function
 from ..rules.channel_norms import are_running_statistics
 from ..rules.gates import gate_of_function
 from ..rules.norms import is_dense_map
-from ..rules.pointwise import KEPT_BY_OUTPUT, ActivationRule, activated, pointwise_of
+from ..rules.pointwise import KEPT_BY_OUTPUT, ActivationRule, activated, has_halves, pointwise_of
 
 # Torch's functions as they were when this package was imported: a user may patch them later.
 theirs = types.SimpleNamespace(**vars(torch.nn.functional))
@@ -175,7 +175,7 @@ def _same_dtype(input: Tensor, *coefficients: Tensor | None) -> bool:
 
 @functools.wraps(theirs.glu)
 def _glu(input: Any, dim: Any = -1) -> Any:
-    fits = is_operand(input) and input.dim() > 0 and dim in (-1, input.dim() - 1) and input.shape[-1] % 2 == 0
+    fits = is_operand(input) and has_halves(input, dim)
     return ours.packed_glu(input, activation="sigmoid", layout="value_first") if fits else theirs.glu(input, dim)
 
 

@@ -131,9 +131,9 @@ def guarded_call(
     returned = tuple(reversed(captured))
     formulas = tuple((f"f{index}", function) for index, function in enumerate(formula.values if formula else ()))
     constants = pattern.options | options
-    tensors, linears, parameters = pattern.tensors, pattern.linears, pattern.parameters
+    parameters = pattern.parameters
     passed = [name for name in ("act", "norm", "write") if name in parameters]
-    makes_act_input, saves_act_input = pattern.makes_act_input, eager_saves_act_input(pattern, constants)
+    saves_act_input = eager_saves_act_input(pattern, constants)
 
     def call(**operands: Any) -> list[Any]:
         results = None if is_observed() or has_global_hooks() else computed(operands)
@@ -144,50 +144,33 @@ def guarded_call(
 
     def computed(operands: dict[str, Any]) -> Results | None:
         """The results, None if an operand no longer has the role of the template."""
-        for name, function in formulas:
-            if operands[name] is not function:
-                return None
+        if any(operands[name] is not function for name, function in formulas):
+            return None
         if operands.get("halves", CHUNK) is not CHUNK:
             return None
-        kind, is_float64, arguments = None, False, constants.copy()
-        for name in tensors:
-            tensor = operands[name]
-            if type(tensor) is not Tensor:
-                tensor, subclass = as_plain_tensor(tensor)
-                if subclass is not None and kind not in (None, subclass):
-                    return None
-                kind = kind or subclass
-            if not is_ordinary(tensor):
-                return None
-            is_float64 = is_float64 or tensor.dtype is torch.float64
-            arguments[name] = tensor
-        for name in passed:
-            arguments[name] = operands.get(name)
+        plain = _plain_tensors(operands, pattern.tensors)
+        if plain is None:
+            return None
+        tensors, kind = plain
+        arguments: dict[str, Any] = {**constants, **tensors, **{name: operands.get(name) for name in passed}}
         if "activation" in parameters:
-            act = operands.get("act")
-            if formula is not None:
-                act_name = formula.name if formula.is_exact or not is_float64 else None
-            else:
-                act_name = tried.name_of(act, is_float64) if tried else activation_of(act, makes_act_input, is_float64)
-            if act_name is None:
-                return None
-            if act_name in KEPT_BY_OUTPUT and not saves_act_input:
+            is_float64 = any(tensor.dtype is torch.float64 for tensor in tensors.values())
+            act_name = name_of_activation(operands.get("act"), is_float64)
+            if act_name is None or (act_name in KEPT_BY_OUTPUT and not saves_act_input):
                 return None
             arguments["activation"] = act_name
         if "p" in parameters:
-            p: float | None = 0.0
-            if "drop" in operands:
-                p = dropout_probability(operands["drop"], operands.get("p"), operands.get("training"))
+            has_drop = "drop" in operands
+            p = dropout_probability(operands["drop"], operands.get("p"), operands.get("training")) if has_drop else 0.0
             if p is None:
                 return None
             arguments["p"] = p
-        if linears:
-            input = arguments["input"]
-            linear_pairs = linear_operands([operands[name] for name in linears], input)
-            if linear_pairs is None:
+        if pattern.linears:
+            pairs = linear_operands([operands[name] for name in pattern.linears], tensors["input"])
+            if pairs is None:
                 return None
-            arguments.update(zip(linears, linear_pairs, strict=True))
-            arguments["input"] = autocast_input(input)
+            arguments.update(zip(pattern.linears, pairs, strict=True))
+            arguments["input"] = autocast_input(tensors["input"])
         if "rule" in parameters:
             arguments["rule"] = norm_rule(operands["norm"])
             if arguments["rule"] is None:
@@ -195,4 +178,28 @@ def guarded_call(
         results = pattern.compute(**arguments)
         return results if kind is None or results is None else [result.as_subclass(kind) for result in results]
 
+    def name_of_activation(act: Any, is_float64: bool) -> str | None:
+        if formula is not None:
+            return formula.name if formula.is_exact or not is_float64 else None
+        return tried.name_of(act, is_float64) if tried else activation_of(act, pattern.makes_act_input, is_float64)
+
     return call
+
+
+def _plain_tensors(
+    operands: Mapping[str, Any], names: Sequence[str]
+) -> tuple[dict[str, Tensor], type[Tensor] | None] | None:
+    """The operands of these names as plain tensors, and their subclass; None if the fused functions take not all."""
+    tensors: dict[str, Tensor] = {}
+    kind = None
+    for name in names:
+        tensor = operands[name]
+        if type(tensor) is not Tensor:
+            tensor, subclass = as_plain_tensor(tensor)
+            if subclass is not None and kind not in (None, subclass):
+                return None
+            kind = kind or subclass
+        if not is_ordinary(tensor):
+            return None
+        tensors[name] = tensor
+    return tensors, kind

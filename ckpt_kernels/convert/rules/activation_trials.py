@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ... import recompute
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS
-from ..attribute_loads import LOADS_PLAINLY, loads_plainly
+from ..attribute_loads import loads_plainly, plain_loads
 from ..code.call_graph import belongs_to_torch
 from ..code.memoization import memoized, memoized_for_good
 from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, has_custom_gradient, is_unchanged
-from ..code.settings import Settings, attributes_of
+from ..code.settings import Settings, bare_module
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 from ..wrappers import original_method
 from .trial import POINTWISE, Outline, counting_saved_tensors, in_own_thread, result_of, takes_one_argument
@@ -125,16 +125,14 @@ def _read(module: nn.Module, function: types.FunctionType) -> CodeReader:
 @memoized
 def activation_method(kind: type[nn.Module], name: str, settings: Settings) -> TriedMethod | None:
     """The trial of a method that computes a known activation, with a stand-in; None for any other method."""
-    module = object.__new__(kind)
-    module.__dict__.update(nn.Module().__dict__ | attributes_of(settings))
+    module = bare_module(kind, settings)
     method = getattr(kind, name)
     try:
         reader = _read(module, method)
         result = tried_activation(functools.partial(method, module))
     except NotTriable:
         return None
-    plainly = [(kind, attribute, value) for attribute, value in LOADS_PLAINLY]
-    code = CodeSnapshot((nn.Module, (), ()), [*plainly, (kind, name, method), *reader.dependencies], reader.helpers)
+    code = reader.snapshot([*plain_loads(kind), (kind, name, method)])
     return None if result.name is None else TriedMethod(kind, name, settings, result, code)
 
 
@@ -155,8 +153,7 @@ def activation_function(value: Any) -> TriedFunction | None:
         result = tried_activation(value)
     except NotTriable:
         return None
-    code = CodeSnapshot((nn.Module, (), ()), reader.dependencies)
-    return None if result.name is None else TriedFunction(value, result, code)
+    return None if result.name is None else TriedFunction(value, result, reader.snapshot())
 
 
 @in_own_thread

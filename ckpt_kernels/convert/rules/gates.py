@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ... import recompute
 from ...activations import FUNCTION_NAMES
 from ...backends.reference import ACTIVATIONS
-from ..attribute_loads import LOADS_PLAINLY, loads_plainly, only_instances_define
+from ..attribute_loads import loads_plainly, only_instances_define, plain_loads
 from ..code.call_graph import belongs_to_torch
 from ..code.code_objects import names_in
 from ..code.function_reachability import SizeIndependentReader
 from ..code.memoization import memoized
 from ..code.reachability import is_unchanged
-from ..code.settings import Settings, attributes_of
+from ..code.settings import Settings, bare_module
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 from ..operands import as_plain_tensor, has_global_hooks, is_operand
 from .activation_trials import is_importable
@@ -167,8 +167,7 @@ def gate_of_method(
     kind: type[nn.Module], method: types.FunctionType, outline: GateOutline, tree: ast.FunctionDef | None = None
 ) -> TriedGate | None:
     """The gate that a method of modules of that class computes, by a trial with a stand-in."""
-    module = object.__new__(kind)
-    module.__dict__.update(nn.Module().__dict__ | attributes_of(outline.settings))
+    module = bare_module(kind, outline.settings)
     module._modules.update((child, _Activation(activation)) for child, activation in outline.activations)
     return _tried(module, method, lambda packed: method(module, packed), outline, tree)
 
@@ -200,9 +199,7 @@ def _tried(
         trial = gate_by_trial(compute, reader.numbers)
     except NotTriable:
         return None
-    plainly = [(type(module), name, value) for name, value in LOADS_PLAINLY]
-    code = CodeSnapshot((nn.Module, (), ()), [*plainly, *reader.dependencies], reader.helpers)
-    return None if trial is None else TriedGate(trial, outline, code)
+    return None if trial is None else TriedGate(trial, outline, reader.snapshot(plain_loads(type(module))))
 
 
 def gated(gate: TriedGate, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -92,7 +92,7 @@ class DropoutRule(UnaryRule):
     description = "bias_act (dropout)"
 
     def apply(self, module: Any, input: Tensor) -> Tensor | None:
-        p = _probability(module)
+        p = probability_of(module)
         if module.inplace is not False or module.training is not True or not p:
             return None
         return F.bias_act(input, dropout_p=p)
@@ -105,20 +105,25 @@ class GLURule(UnaryRule):
     description = "packed_glu (sigmoid)"
 
     def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
-        last = type(module.dim) is int and module.dim in (-1, input.dim() - 1)
-        if not last or input.dim() == 0 or input.shape[-1] % 2:
+        if not has_halves(input, module.dim):
             return None
         return F.packed_glu(input, activation="sigmoid", layout="value_first")
 
 
-def _probability(module: Any) -> float | None:
+def probability_of(module: Any) -> float | None:
+    """The probability of a dropout module; None for anything but a number from 0 to 1."""
     return float(module.p) if type(module.p) in (float, int) and 0 <= module.p <= 1 else None
+
+
+def has_halves(input: Tensor, dim: Any) -> bool:
+    """Whether the dimension is the last one and can be halved."""
+    return input.dim() > 0 and type(dim) is int and dim in (-1, input.dim() - 1) and input.shape[-1] % 2 == 0
 
 
 def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
     """The rule for an activation, a dropout or a gate, and ""; or None, and a reason if the module looks like one."""
     if _is_torchs(module, nn.Dropout):
-        return (DropoutRule() if _probability(module) and module.inplace is False else None), ""
+        return (DropoutRule() if probability_of(module) and module.inplace is False else None), ""
     if _is_torchs(module, nn.GLU):
         last = type(module.dim) is int and module.dim == -1
         return (GLURule(), "") if last else (None, "halves another dimension than the last")

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from ..code.memoization import memoized
 from ..code.reachability import read_forward
-from ..code.settings import Settings, attributes_of
+from ..code.settings import Settings, bare_module
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 
 # The operations allowed in trials of activations and of norms, by torch's names. "detach" is allowed because autograd
@@ -78,8 +78,7 @@ class Outline(NamedTuple):
     ) -> nn.Module:
         """A module with random parameters of that dtype, on the CPU: see `_random_parameter`."""
         generator = generator or torch.Generator("cpu").manual_seed(0)
-        module = object.__new__(self.kind)
-        module.__dict__.update(nn.Module().__dict__ | attributes_of(self.settings))
+        module = bare_module(self.kind, self.settings)
         for name, shape in self.shapes:
             values = None if shape is None else _random_parameter(shape, generator, spread).to(dtype)
             module.__dict__["_parameters"][name] = None if values is None else nn.Parameter(values)
@@ -128,8 +127,6 @@ class _AllowedOperations(TrialMode):
         self._of_parts = of_parts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise NotTriable("draws random numbers")
         if torch.Tag.data_dependent_output in func.tags:
             raise NotTriable("decides by the values of its input")
         name = func.overloadpacket.__name__
