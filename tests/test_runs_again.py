@@ -75,6 +75,37 @@ def test_the_recomputation_stops_at_the_last_saved_tensor() -> None:
     assert calls == [False, False, True]
 
 
+def test_a_recomputation_frees_each_output_after_the_last_call_that_takes_it() -> None:
+    outputs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def function(self: FunctionLayer, x: Tensor) -> Tensor:
+        if is_repeating():
+            alive.append(sum(output() is not None for output in outputs))
+        y = self.linear(x).sin()
+        outputs.append(weakref.ref(y))
+        return y
+
+    by_tree([FunctionLayer(function) for _ in range(5)], Tree([["none"] * 4, "none"]))(inputs()).sum().backward()
+    # The five layers of the run, then the four of the inner run.
+    assert alive == [0, 1, 1, 1, 1, 0, 1, 1, 1]
+
+
+def test_arguments_that_are_one_tensor_are_one_when_an_inner_run_is_repeated() -> None:
+    same: list[bool] = []
+
+    def function(self: FunctionLayer, pair: tuple[Tensor, Tensor]) -> Tensor:
+        same.append(pair[0] is pair[1])
+        return self.linear(pair[0].sin() * pair[1])
+
+    net, y = by_tree([FunctionLayer(function) for _ in range(4)], Tree([["none"] * 3, "none"])), inputs()
+    for layer in net.layers:
+        y = layer((y, y))
+    y.sum().backward()
+    # All layers twice, and those of the inner run a third time.
+    assert same == [True] * (4 + 4 + 3)
+
+
 @pytest.mark.parametrize("name", ("nested", "deeply"))
 def test_autocast_within_nested_runs(name: str) -> None:
     def run(tree: Tree) -> list[Tensor]:

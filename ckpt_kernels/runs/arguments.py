@@ -24,6 +24,9 @@ class Input(NamedTuple):
     requires_grad: bool
 
 
+Source = Link | Input
+
+
 def are_plain(values: Sequence[Any]) -> bool:
     """Whether all values are dense tensors, numbers, strings, and plain tuples and dicts of these."""
     return next(not_plain_among(values), None) is None
@@ -56,22 +59,56 @@ class _RunInput(torch.autograd.Function):
         return grad_outputs[0]
 
 
-def restore_argument(recorded: Any, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> Any:
-    """An argument of a repeated call. `inputs` has the kept arguments that were restored before."""
-    if isinstance(recorded, Link):
-        return outputs[recorded.call][recorded.output]
-    if isinstance(recorded, Input):
-        if id(recorded) not in inputs:
-            tensor = recorded.get()
-            inputs[id(recorded)] = (
-                _RunInput.apply(tensor.detach().requires_grad_()) if recorded.requires_grad else tensor
-            )
-        return inputs[id(recorded)]
+class Restored:
+    """The tensors that repeated calls take: kept inputs, and outputs of earlier calls. Each is held until the last call
+    that takes the tensor has run, as a model's own loop holds its tensors.
+
+    Args:
+        arguments: the recorded arguments of each call.
+    """
+
+    def __init__(self, arguments: Sequence[Sequence[Any]]) -> None:
+        self._last = {source: number for number, values in enumerate(arguments) for source in _sources_among(values)}
+        self._tensors: dict[Source, Tensor] = {}
+
+    def argument(self, recorded: Any) -> Any:
+        """Return an argument from its recorded form."""
+        return with_sources(recorded, self.tensor)
+
+    def tensor(self, source: Source) -> Tensor:
+        """Return the tensor of a link, or of an input, which is asked for its tensor once."""
+        if isinstance(source, Input) and source not in self._tensors:
+            tensor = source.get()
+            is_traced = source.requires_grad
+            self._tensors[source] = _RunInput.apply(tensor.detach().requires_grad_()) if is_traced else tensor
+        return self._tensors[source]
+
+    def end_call(self, number: int, outputs: Sequence[Tensor]) -> None:
+        """Hold the outputs of a call that later calls take, and drop the tensors that none takes."""
+        for output, tensor in enumerate(outputs):
+            self._tensors[Link(number, output)] = tensor
+        self._tensors = {one: tensor for one, tensor in self._tensors.items() if self._last.get(one, -1) > number}
+
+
+def with_sources(recorded: Any, replace: Callable[[Source], Any]) -> Any:
+    """Return a recorded argument with all links and inputs replaced."""
+    if isinstance(recorded, Link | Input):
+        return replace(recorded)
     if isinstance(recorded, tuple):
-        return tuple(restore_argument(part, inputs, outputs) for part in recorded)
+        return tuple(with_sources(part, replace) for part in recorded)
     if isinstance(recorded, dict):
-        return {key: restore_argument(part, inputs, outputs) for key, part in recorded.items()}
+        return {key: with_sources(part, replace) for key, part in recorded.items()}
     return recorded
+
+
+def _sources_among(values: Iterable[Any]) -> Iterator[Source]:
+    for value in values:
+        if isinstance(value, Link | Input):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _sources_among(value)
+        elif isinstance(value, dict):
+            yield from _sources_among(value.values())
 
 
 def version_checked(tensor: Tensor, description: str = "an argument of a checkpointed layer") -> Callable[[], Tensor]:

@@ -84,7 +84,7 @@ class Call:
         self.memory = _memory_of(self.parameters)
         self.states = None if is_distributed else held.states
 
-    def repeat(self, args: list[Any], kwargs: dict[str, Any], alone: bool) -> list[Tensor]:
+    def repeat(self, args: tuple, kwargs: dict[str, Any], alone: bool) -> list[Tensor]:
         """Repeats the call with the random numbers, autocast, backend, buffers and modules' states of the first pass.
         Returns the result's tensors. The run restores the generators afterwards."""
         before, now = self.memory, _memory_of(self.parameters)

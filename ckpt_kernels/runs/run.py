@@ -17,7 +17,7 @@ from ..random_state import RandomState
 from ..recompute import discarding
 from ..recompute.discarder import Discarder
 from ..saved_tensor_hooks import as_is, steps_aside
-from .arguments import Input, Link, restore_argument, version_checked, version_of
+from .arguments import Input, Link, Restored, Source, version_checked, version_of, with_sources
 from .calls import Call, Place, Saved
 from .held import Held
 from .state import repeating, thread
@@ -137,16 +137,17 @@ class Run:
                 self._repeat_calls()
 
     def _repeat_calls(self) -> None:
-        inputs: dict[int, Tensor] = {}
-        outputs: list[list[Tensor]] = []
+        restored = Restored([(*call.args, *call.kwargs.values()) for call in self._calls])
         groups = self._inner_runs()
-        for number, group in enumerate(groups):
-            is_last = number == len(groups) - 1
+        start = 0
+        for group in groups:
+            is_last = group is groups[-1]
             if group[0].places[self._depth + 1 :]:
-                self._begin_inner_run(group, inputs, outputs, is_last)
+                self._begin_inner_run(group, start, restored, is_last)
             else:
-                for call in group:
-                    self._repeat_call(call, inputs, outputs, is_last and call is group[-1])
+                for number, call in enumerate(group, start):
+                    self._repeat_call(call, number, restored, is_last and call is group[-1])
+            start += len(group)
 
     def _inner_runs(self) -> list[list[Call]]:
         """The calls, grouped by inner run; a call in no inner run forms a separate group."""
@@ -159,7 +160,7 @@ class Run:
                 groups.append([call])
         return groups
 
-    def _repeat_call(self, call: Call, inputs: dict[int, Tensor], outputs: list[list[Tensor]], is_last: bool) -> None:
+    def _repeat_call(self, call: Call, number: int, restored: Restored, is_last: bool) -> None:
         """Repeats one call and fills the placeholders."""
         waiting = list(call.saved)
         count = 0
@@ -188,55 +189,46 @@ class Run:
         if is_last and not waiting:
             raise _AllSaved
         with torch.autograd.graph.saved_tensors_hooks(collect, as_is):
-            outputs.append(self._outputs_of(call, inputs, outputs))
+            self._run_again(call, number, restored)
         if count != len(waiting):
             raise RuntimeError(
                 f"a checkpointed layer saves {count} tensors; expected {len(waiting)}, as at first: is it random?"
             )
 
-    def _begin_inner_run(
-        self, calls: list[Call], inputs: dict[int, Tensor], outputs: list[list[Tensor]], is_last: bool
-    ) -> None:
+    def _begin_inner_run(self, calls: list[Call], start: int, restored: Restored, is_last: bool) -> None:
         """Creates an inner run, which keeps only the inputs of the first call, and repeats the calls without saving."""
         inner = Run(calls[0].places[self._depth + 1].key, self._depth + 1)
-        start = len(outputs)
+        kept: dict[Source, Input] = {}
+
+        def inner_source(source: Source) -> Source:
+            """A link or input of this run, as one of the inner run. Outputs of earlier calls are kept."""
+            if isinstance(source, Link) and source.call >= start:
+                return Link(source.call - start, source.output)
+            if source not in kept:
+                # Outer hooks may unpack only once.
+                tensor = restored.tensor(source)
+                requires_grad = (tensor if isinstance(source, Link) else source).requires_grad
+                kept[source] = Input(version_checked(tensor.detach()), requires_grad)
+            return kept[source]
+
         for call in calls:
             repeated = copy.copy(call)
-            repeated.args = tuple(inner._inner_argument(a, start, inputs, outputs) for a in call.args)
-            repeated.kwargs = {
-                name: inner._inner_argument(a, start, inputs, outputs) for name, a in call.kwargs.items()
-            }
+            repeated.args = with_sources(call.args, inner_source)
+            repeated.kwargs = with_sources(call.kwargs, inner_source)
             inner._calls.append(repeated)
             for reference in call.saved:
                 if (saved := reference()) is not None:
                     saved.run = inner
         if is_last:
             raise _AllSaved
-        for call in calls:
+        for number, call in enumerate(calls, start):
             with _kept_within() if call.reads_own_graph else torch.autograd.graph.saved_tensors_hooks(_drop, as_is):
-                outputs.append(self._outputs_of(call, inputs, outputs))
+                self._run_again(call, number, restored)
 
-    def _inner_argument(self, recorded: Any, start: int, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> Any:
-        """A recorded argument of the outer run, as one of this inner run. Outputs of earlier calls are kept."""
-        if isinstance(recorded, Link):
-            if recorded.call >= start:
-                return Link(recorded.call - start, recorded.output)
-            tensor = outputs[recorded.call][recorded.output]
-            return Input(version_checked(tensor.detach()), tensor.requires_grad)
-        if isinstance(recorded, Input):
-            # Outer hooks may unpack only once.
-            return Input(version_checked(restore_argument(recorded, inputs, outputs).detach()), recorded.requires_grad)
-        if isinstance(recorded, tuple):
-            return tuple(self._inner_argument(part, start, inputs, outputs) for part in recorded)
-        if isinstance(recorded, dict):
-            return {key: self._inner_argument(part, start, inputs, outputs) for key, part in recorded.items()}
-        return recorded
-
-    def _outputs_of(self, call: Call, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> list[Tensor]:
-        """The tensors of the result of a repeated call."""
-        args = [restore_argument(a, inputs, outputs) for a in call.args]
-        kwargs = {name: restore_argument(a, inputs, outputs) for name, a in call.kwargs.items()}
-        return call.repeat(args, kwargs, alone=len(self._calls) == 1)
+    def _run_again(self, call: Call, number: int, restored: Restored) -> None:
+        """Repeats a call for its outputs."""
+        args, kwargs = restored.argument(call.args), restored.argument(call.kwargs)
+        restored.end_call(number, call.repeat(args, kwargs, alone=len(self._calls) == 1))
 
 
 def _inner_key(call: Call, depth: int) -> int | None:
