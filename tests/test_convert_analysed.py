@@ -1,8 +1,11 @@
 """Analyses of a model's own code: each conversion reads classes and functions as they are then."""
 
+import copy
 import importlib
 import linecache
+import os
 import pathlib
+import types
 from typing import Any, ClassVar
 
 import pytest
@@ -10,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_kernels
+import ckpt_kernels.runs
+from ckpt_kernels.convert.code import call_graph
+from ckpt_kernels.convert.code.code_objects import imports_in
 
 from .conversion import WIDTH, replacement_of
 from .test_convert_replaced import MLP
@@ -270,3 +276,70 @@ def test_methods_beside_the_forward_that_read_the_class(kind: type[nn.Module], m
         model.training_step(torch.randn(4, WIDTH)).backward()
         assert kind.steps == 1
         kind.steps = 0
+
+
+def imports() -> Any:
+    import os.path as first
+    from collections import abc, deque
+
+    def inner() -> Any:
+        from . import conversion
+        from .calls import draw
+
+        return conversion, draw
+
+    return first, abc, deque, inner
+
+
+def test_the_imports_in_code() -> None:
+    names = ["os.path", "collections", "collections.abc", "collections.deque"]
+    relative = ["tests", "tests.conversion", "tests.calls", "tests.calls.draw"]
+    assert list(imports_in(imports.__code__, "tests")) == names + relative
+    assert list(imports_in(imports.__code__, None)) == names
+
+
+def test_imports_after_many_names() -> None:
+    # Numbers above 255 take further instructions.
+    many = "\n".join(f"name{number}" for number in range(300))
+    code = compile(
+        f"def function():\n import copy\n {many.replace(chr(10), chr(10) + ' ')}\n from json import loads", "", "exec"
+    )
+    assert list(imports_in(code, None)) == ["copy", "json", "json.loads"]
+
+
+def names_modules() -> Any:
+    from . import conversion
+
+    return conversion, ckpt_kernels.runs.run, torch.jit, pathlib.Path
+
+
+def test_the_modules_that_code_names() -> None:
+    function: Any = names_modules
+    modules = call_graph._modules_named(function, function.__code__.co_names)
+    expected = {"tests", "tests.conversion", "ckpt_kernels", "ckpt_kernels.runs", "ckpt_kernels.runs.run", "pathlib"}
+    assert {module.__name__ for module in modules} == expected and len(modules) == len(expected)
+
+
+class Copies(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return copy.copy(x)
+
+
+def test_the_standard_librarys_own_calls_do_not_count() -> None:
+    assert set(call_graph.reachable_functions(Copies)) == {Copies.forward, copy.copy}
+
+
+def test_functions_of_the_standard_library() -> None:
+    def placed(*path: str) -> types.FunctionType:
+        return types.FunctionType(Copies.forward.__code__.replace(co_filename=os.path.join(*path)), {})
+
+    standard = os.path.dirname(os.__file__)
+    assert call_graph.is_standard(placed(standard, "json", "decoder.py"))
+    assert call_graph.is_standard(placed("<frozen posixpath>"))
+    for path in (
+        (standard, "site-packages", "m.py"),
+        (standard, "dist-packages", "m.py"),
+        ("<string>",),
+        (f"{standard}-x",),
+    ):
+        assert not call_graph.is_standard(placed(*path))

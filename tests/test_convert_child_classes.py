@@ -1,5 +1,7 @@
 """Forwards that read the classes of the modules inside, which a converted module's subclass must not change."""
 
+import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_kernels
+from ckpt_kernels.convert.code.child_classes import inspects_classes_inside
 
 from .conftest import DEVICE
 from .conversion import WIDTH, close, random_tensor, reason_of, results_of, twins
@@ -155,3 +158,108 @@ def test_other_uses_of_classes_hinder_nothing() -> None:
     x = random_tensor(3, WIDTH)
     assert close(results_of(model, x), results_of(converted, x))
     assert converted.last.startswith("LayerNorm")
+
+
+KINDS = (int, nn.LayerNorm)
+OF_CLASSES = {"eps": "eps", "names": ["eps"]}
+
+
+class Telling:
+    """Methods that tell a subclass of the layer's class from the class."""
+
+    def by_later_line(self, layer: Any) -> Any:
+        kind = named = None
+        for _ in self.layers:
+            if kind is nn.LayerNorm:
+                return 1.0
+            kind = named
+            named = type(layer)
+
+    def by_setting(self, layer: Any) -> Any:
+        type(layer).count = 1
+
+    def by_keeping(self, layer: Any) -> Any:
+        self.kind = type(layer)
+
+    def by_default(self, layer: Any) -> Any:
+        return getattr(self, "kind", type(layer)) is nn.LayerNorm
+
+    def by_name(self, layer: Any) -> Any:
+        return getattr(type(layer), "__bases__", ())
+
+    def by_unknown_name(self, layer: Any) -> Any:
+        return getattr(type(layer), self.name)
+
+    def by_name_of_a_table(self, layer: Any) -> Any:
+        return getattr(type(layer), OF_CLASSES["names"][0])
+
+    def by_one_of_several(self, layer: Any) -> Any:
+        return type(layer) in (int, nn.LayerNorm)
+
+    def by_one_of_a_global(self, layer: Any) -> Any:
+        return type(layer) in KINDS
+
+    def by_what_is_held(self, layer: Any) -> Any:
+        return type(layer) is self.kind
+
+    def by_order(self, layer: Any) -> Any:
+        return type(layer).mro()
+
+    def by_annotations(self, layer: Any) -> Any:
+        return type(layer).__annotations__
+
+    def forward(self, x: Tensor) -> Any:
+        for x in self.layers:
+            if type(x) is nn.LayerNorm:
+                return x
+
+
+class Untelling:
+    """Methods for which the class and a subclass are the same, or that read no class of a layer."""
+
+    def prints(self, layer: Any) -> Any:
+        print(type(layer))
+        return str(type(layer)), repr(type(layer))
+
+    def asks(self, layer: Any) -> Any:
+        return hasattr(type(layer), "eps") and issubclass(type(layer), nn.LayerNorm)
+
+    def takes_from_a_table(self, layer: Any) -> Any:
+        return getattr(type(layer), OF_EPS["eps"])
+
+    def binds_again(self, layer: Any) -> Any:
+        kind = type(layer)
+        print(kind)
+        for kind in self.layers:
+            print(kind)
+
+    def makes_classes(self, layer: Any) -> Any:
+        return [type(str(layer), (), {})]
+
+    def reads_own_class(self, layer: Any) -> Any:
+        return self.__class__ is self.kind
+
+    def calls_the_standard_library(self, layer: Any) -> Any:
+        return copy.copy(layer)
+
+    def reads_literals(self, layer: Any) -> Any:
+        return self.kind in (1, type(f"{layer}")) or type([layer]) is self.kind or type((layer,)) is self.kind
+
+    def forward(self, x: Tensor, *, scale: Any = 1) -> Any:
+        return x * scale if type(scale) is self.kind else x
+
+
+OF_EPS = {"eps": "eps"}
+METHODS = [(f, kind is Telling) for kind in (Telling, Untelling) for f in vars(kind).values() if hasattr(f, "__code__")]
+
+
+@pytest.mark.parametrize("method, tells", METHODS, ids=[f.__qualname__ for f, _ in METHODS])
+def test_which_uses_of_classes_tell_subclasses(method: types.FunctionType, tells: bool) -> None:
+    name = "forward" if method.__name__ == "forward" else "weigh"
+    assert inspects_classes_inside(type("Changed", (Layers,), {name: method})) is tells
+
+
+def test_code_without_a_source_may_tell_subclasses() -> None:
+    made: dict[str, Any] = {}
+    exec("def weigh(self, layer):\n    return type(layer).__name__", made)
+    assert inspects_classes_inside(type("Changed", (Layers,), {"weigh": made["weigh"]}))

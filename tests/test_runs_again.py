@@ -17,6 +17,7 @@ from ckpt_kernels.memory import saved_bytes
 from ckpt_kernels.runs import Run, is_repeating
 from ckpt_kernels.runs.arguments import Link
 from ckpt_kernels.runs.held import held_by
+from ckpt_kernels.thin import direct
 
 from .test_runs import ROWS, TREES, WIDTH, Net, Tree, flat, inputs, made
 
@@ -355,8 +356,20 @@ def test_what_a_layer_holds_is_found_once() -> None:
     assert held is not None and len(held.parameters) == 2 and len(held.buffers) == 3
 
 
-def test_a_layer_with_a_lazy_buffer_runs() -> None:
-    net = by_tree([nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LazyBatchNorm1d(affine=False)) for _ in range(2)], ONE)
+LAZY: tuple[Callable[[], nn.Module], ...] = (
+    lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LazyBatchNorm1d(affine=False)),
+    lambda: nn.Sequential(nn.LazyLinear(WIDTH), nn.Tanh()),
+)
+
+
+@pytest.mark.parametrize("layer", LAZY, ids=["buffer", "parameter"])
+@pytest.mark.parametrize("library", [True, False])
+def test_a_layer_with_a_lazy_tensor_runs(
+    library: bool, layer: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library:
+        monkeypatch.setattr(direct, "thin_module", None)
+    net = by_tree([layer() for _ in range(2)], ONE)
     assert held_by(net.layers[0]) is None
     for _ in range(2):
         assert len(derived(net)) == 5

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_kernels
+from ckpt_kernels import runs
 from ckpt_kernels.runs.held import held_by
 from ckpt_kernels.thin import direct
 
@@ -289,6 +290,10 @@ def test_values_that_a_state_does_not_hold_are_as_before(change: str) -> None:
     layer.last = None
 
 
+class Weights(Tensor):
+    """A tensor of another class."""
+
+
 def test_the_library_finds_what_python_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     def found() -> list:
         held = held_by(layer)
@@ -300,9 +305,16 @@ def test_the_library_finds_what_python_finds(monkeypatch: pytest.MonkeyPatch) ->
     layer = made("eager")[0]
     layer.generator, layer.config, layer.values = torch.Generator(), types.SimpleNamespace(), [1]
     layer.mean = layer.first.weight.sum(0)
+    layer.weights = torch.ones(WIDTH).as_subclass(Weights)
     layer.parts.again = layer.first
     layer.register_parameter("missing", None)
-    compiled = found()
+    layer.register_buffer("no_buffer", None)
+    layer.register_module("no_child", None)
+    # Only an OrderedDict's own methods know the order after this.
+    layer.second.register_forward_hook(lambda module, args, output: 3 * output, prepend=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.held, "copies_of", None)  # so that Python finds nothing
+        compiled = found()
     monkeypatch.setattr(direct, "thin_module", None)
     for ours, expected in zip(compiled, found(), strict=True):
         assert len(ours) == len(expected)
