@@ -1,12 +1,16 @@
 """Copies of one view of a block's output, as of queries, keys and values, share a recipe."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as TF
 from torch import Tensor, nn
 
 from ckpt_kernels import functional as F
 from ckpt_kernels.memory import saved_bytes
-from ckpt_kernels.recompute import discard_outputs
+from ckpt_kernels.recompute import copies, discard_outputs
+from ckpt_kernels.recompute.recipes import Claim
 
 CHANNELS, SIZE = 16, 12
 
@@ -91,3 +95,30 @@ def test_copies_in_two_contexts() -> None:
     found = torch.autograd.grad(sum(losses), [x, *model.parameters()])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+VIEWS = {
+    "permuted": lambda rows: rows.permute(1, 0, 2),
+    "one of several": lambda rows: rows.view(4, 3, 2, 16).unbind(2)[1].transpose(0, 1),
+    "a part": lambda rows: rows.split(2, dim=1)[1].transpose(0, 1),
+    "selected": lambda rows: rows.view(4, 3, 2, 16).transpose(0, 2).select(0, 1),
+    "expanded": lambda rows: rows.unsqueeze(1).expand(4, 2, 6, 16).transpose(0, 2),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_copies_of_views(view: Callable[[Tensor], Tensor]) -> None:
+    """A copy has its recipe from the chain of views, with the same bits as the copy."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 16, requires_grad=True)
+    weight = torch.randn(2, 16, requires_grad=True)
+
+    def call() -> Tensor:
+        return TF.linear(view(F.layer_norm(x, 16)), weight)
+
+    with discard_outputs():
+        product = call()
+    copy = product.grad_fn.next_functions[0][0]._raw_saved_self.data.content
+    assert isinstance(copy, Claim) and copy.recipe.rebuild.func is copies._copy
+    found, expected = (torch.autograd.grad(y.square().sum(), [x, weight]) for y in (product, call()))
+    assert all(map(torch.equal, found, expected))

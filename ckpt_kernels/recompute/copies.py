@@ -3,13 +3,21 @@
 All copies have the recipe of the first, so that the backward pass recomputes the block and the copy once.
 """
 
+import functools
 import weakref
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from .entries import block_of
-from .nodes import name_of
-from .recipes import Layout, Recipe
+import torch
+from torch import Tensor
+
+from .entries import Block, block_of
+from .nodes import Edge, is_made_since, name_of
+from .recipes import LONGEST_CHAIN, Layout, Recipe
 from .rules import VIEWS
+
+if TYPE_CHECKING:
+    from .provenance import Source
 
 # The key of the recipe and the layout of a copy in the metadata of the view's node.
 _COPY = "ckpt_kernels copy"
@@ -26,18 +34,48 @@ def copied_view(node: Any) -> Any:
     return view if view is not None and not output and name_of(view) in VIEWS else None
 
 
-def recipe_of_copy(view: Any, layout: Layout, owner: Any) -> Recipe | None:
-    """The recipe of an earlier copy, if that copy had this layout, and the view is of a block's output in the context
-    `owner` that has had no in-place write since."""
+def recipe_of_copy(view: Any, layout: Layout, owner: "Source") -> Recipe | None:
+    """The recipe of a copy of this layout, if the view is of a block's output in the context `owner` that has had no
+    in-place write since. An earlier copy of the same layout has the same recipe."""
+    views, maker, output = [], view, 0
+    while maker is not None and name_of(maker) in VIEWS:
+        views.append((maker, output))
+        maker, output = maker.next_functions[0]
+    block = None if output else block_of(maker)
+    if block is None or block.owner is not owner or not block.is_unwritten():
+        return None
     reference, earlier = view.metadata.get(_COPY, (None, None))
     recipe = None if reference is None or earlier != layout else reference()
-    if recipe is None:
+    return _first_recipe(views, layout, owner, block) if recipe is None else recipe
+
+
+def _first_recipe(views: list[Edge], layout: Layout, owner: "Source", block: Block) -> Recipe | None:
+    """A recipe that makes the views of a block's output again, the last first in the list, and copies the result."""
+    if not all(is_made_since(node, owner.first_node) for node, _ in views):
         return None
-    output = 0
-    while view is not None and name_of(view) in VIEWS:
-        view, output = view.next_functions[0]
-    block = None if output else block_of(view)
-    return recipe if block is not None and block.owner is owner and block.is_unwritten() else None
+    steps = []
+    for node, output in reversed(views):
+        rule = VIEWS[name_of(node)]
+        if output and not rule.has_several_outputs:
+            return None
+        try:
+            steps.append((rule.function, rule.options(node), output if rule.has_several_outputs else None))
+        except (AttributeError, RuntimeError):
+            return None
+    source = owner.share(block)
+    if source is None or source.depth >= LONGEST_CHAIN:
+        return None
+    recipe = Recipe(functools.partial(_copy, steps, layout[0]), (source,), 1 + source.depth, layout)
+    note_copy(views[0][0], layout, recipe)
+    return recipe
+
+
+def _copy(
+    steps: Sequence[tuple[Callable[..., Any], tuple, int | None]], shape: Sequence[int], tensor: Tensor
+) -> Tensor:
+    for function, options, output in steps:
+        tensor = function(tensor, *options) if output is None else function(tensor, *options)[output]
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(shape)
 
 
 def note_copy(view: Any, layout: Layout, recipe: Recipe) -> None:

@@ -183,16 +183,13 @@ def recipe_of_step(step: Step, layout: Layout) -> Recipe:
 
 
 def _run_step(step: Step) -> Tensor:
-    with _without_autocast():
+    autocast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    if not autocast:
         return step.get()
-
-
-def _without_autocast() -> contextlib.AbstractContextManager:
-    stack = contextlib.ExitStack()
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
+    with contextlib.ExitStack() as stack:
+        for device in autocast:
             stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
+        return step.get()
 
 
 def geometry_of(tensor: Tensor) -> Geometry:

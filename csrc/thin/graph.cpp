@@ -12,6 +12,7 @@ constexpr Py_ssize_t most_nodes = 24;
 
 PyObject *of_name = nullptr, *of_next_functions = nullptr, *of_metadata = nullptr, *of_note = nullptr;
 PyObject *of_recomputed_block = nullptr, *of_watched = nullptr, *of_data = nullptr, *of_variable = nullptr;
+PyObject *of_type_name = nullptr, *names_by_type = nullptr;
 GraphNames names;
 
 Answer is_in(PyObject* holder, PyObject* name) {
@@ -38,6 +39,14 @@ Edge edge_at(PyObject* edges, Py_ssize_t place) {
   return edge;
 }
 
+// Finds the note on a node, if there is one; false after an error.
+bool find_note(PyObject* node, Owned* note) {
+  const Owned metadata = attribute(node, of_metadata);
+  if (!metadata || !PyDict_Check(metadata.get())) return false;
+  *note = shared(PyDict_GetItemWithError(metadata.get(), of_note));
+  return *note || !PyErr_Occurred();
+}
+
 // Whether the note on a node has an entry for an operand, so that the edge need not be followed.
 bool is_noted(PyObject* note, Py_ssize_t place, Py_ssize_t edges) {
   return note && PyTuple_Check(note) && PyTuple_Size(note) == edges && PyTuple_GetItem(note, place) != Py_None;
@@ -53,6 +62,14 @@ Answer may_save(PyObject* node, PyObject* name) {
 Answer is_of_python(PyObject* node) {
   const int found = PyObject_IsInstance(node, names.python_node);
   return found < 0 ? failed : found ? yes : no;
+}
+
+// Whether all nodes of a type have this name: the type is one of torch's in C++, which are never freed, and torch named
+// it for one kind of node.
+bool may_be_known(PyObject* type, const Owned& name) {
+  if (PyType_GetFlags(reinterpret_cast<PyTypeObject*>(type)) & Py_TPFLAGS_HEAPTYPE) return false;
+  const Owned own_name = attribute(type, of_type_name);
+  return own_name && are_equal(own_name.get(), name.get());
 }
 
 class Search {
@@ -128,18 +145,19 @@ class Search {
 
   Answer visit_edges(const Edge& edge, PyObject* saved) {
     PyObject *node = edge.node.get(), *name = edge.name.get();
-    const Owned edges = attribute(node, of_next_functions), metadata = attribute(node, of_metadata);
-    if (!edges || !PyTuple_Check(edges.get()) || !metadata || !PyDict_Check(metadata.get())) return failed;
+    const Owned edges = attribute(node, of_next_functions);
+    if (!edges || !PyTuple_Check(edges.get())) return failed;
     const Py_ssize_t count = PyTuple_Size(edges.get()), saved_count = PyTuple_Size(saved);
     if (saved_count != 0 && saved_count != count) return no;
-    PyObject* note = PyDict_GetItemWithError(metadata.get(), of_note);
-    if (!note && PyErr_Occurred()) return failed;
     const Answer is_view = is_in(names.views, name), is_private = is_in(names.private_readers, name);
     if (is_view == failed || is_private == failed) return failed;
-    const bool is_any_noted = note && PyTuple_Check(note) && PyTuple_Size(note) != 0;
+    Owned note;
+    // No view has a note, and to ask a node for metadata creates them.
+    if (is_view == no && !find_note(node, &note)) return failed;
+    const bool is_any_noted = note && PyTuple_Check(note.get()) && PyTuple_Size(note.get()) != 0;
     const bool are_unwritten = is_any_noted || is_private == yes || (edge.is_unwritten && is_view == yes);
     for (Py_ssize_t i = count; i-- > 0;) {
-      if (is_noted(note, i, count)) continue;
+      if (is_noted(note.get(), i, count)) continue;
       const Answer may_hold = saved_count ? may_save(node, PyTuple_GetItem(saved, i)) : no;
       if (may_hold == failed) return failed;
       if (may_hold == yes) continue;
@@ -250,8 +268,12 @@ Answer has_result_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rul
 
 Owned name_of_node(const Owned& node) {
   PyObject* type = node ? reinterpret_cast<PyObject*>(Py_TYPE(node.get())) : nullptr;
-  const Owned name = attribute(type, of_name);
-  return Owned(name ? PyObject_CallFunctionObjArgs(name.get(), node.get(), nullptr) : nullptr);
+  Owned known = shared(type ? PyDict_GetItemWithError(names_by_type, type) : nullptr);
+  if (known || PyErr_Occurred()) return known;
+  const Owned method = attribute(type, of_name);
+  Owned name(method ? PyObject_CallFunctionObjArgs(method.get(), node.get(), nullptr) : nullptr);
+  return name && may_be_known(type, name) && PyDict_SetItem(names_by_type, type, name.get()) != 0 ? Owned()
+                                                                                                  : std::move(name);
 }
 
 void read_graph_by(const GraphNames& given) {
@@ -262,14 +284,16 @@ void read_graph_by(const GraphNames& given) {
 }
 
 bool prepare_graph() {
-  return prepare_names({{&of_name, "name"},
-                        {&of_next_functions, "next_functions"},
-                        {&of_metadata, "metadata"},
-                        {&of_note, "ckpt_kernels"},
-                        {&of_watched, "ckpt_kernels watched"},
-                        {&of_data, "data"},
-                        {&of_variable, "variable"},
-                        {&of_recomputed_block, "recomputed_block"}});
+  names_by_type = PyDict_New();
+  return names_by_type && prepare_names({{&of_name, "name"},
+                                         {&of_next_functions, "next_functions"},
+                                         {&of_metadata, "metadata"},
+                                         {&of_note, "ckpt_kernels"},
+                                         {&of_watched, "ckpt_kernels watched"},
+                                         {&of_data, "data"},
+                                         {&of_variable, "variable"},
+                                         {&of_type_name, "__name__"},
+                                         {&of_recomputed_block, "recomputed_block"}});
 }
 
 }  // namespace ckpt
