@@ -59,6 +59,11 @@ class _RunInput(torch.autograd.Function):
         return grad_outputs[0]
 
 
+def traced(tensor: Tensor) -> Tensor:
+    """A tensor of the same memory, with a node in the graph of the second pass."""
+    return _RunInput.apply(tensor.detach().requires_grad_())
+
+
 class Restored:
     """The tensors that repeated calls take: kept inputs, and outputs of earlier calls. Each is held until the last call
     that takes the tensor has run, as a model's own loop holds its tensors.
@@ -78,9 +83,7 @@ class Restored:
     def tensor(self, source: Source) -> Tensor:
         """Return the tensor of a link, or of an input, which is asked for its tensor once."""
         if isinstance(source, Input) and source not in self._tensors:
-            tensor = source.get()
-            is_traced = source.requires_grad
-            self._tensors[source] = _RunInput.apply(tensor.detach().requires_grad_()) if is_traced else tensor
+            self._tensors[source] = traced(source.get()) if source.requires_grad else source.get()
         return self._tensors[source]
 
     def end_call(self, number: int, outputs: Sequence[Tensor]) -> None:

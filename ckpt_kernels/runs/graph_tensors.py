@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .arguments import Input, restore_argument, version_checked
+from .arguments import traced, version_checked
 
 # Where methods read no attributes of subclasses by name.
 _WITHOUT_OTHER_NAMES = ("torch.nn.modules.", f"{__name__.partition('.')[0]}.")
@@ -41,7 +41,7 @@ class GraphTensor(NamedTuple):
     def restore(self) -> None:
         """Put a tensor of the same values, which requires gradients too, into the dict."""
         if not self.is_current():
-            self.values[self.name] = restore_argument(Input(self.get, True), {}, [])
+            self.values[self.name] = traced(self.get())
 
 
 def graph_tensors_in(dicts: Sequence[dict[str, Any]]) -> list[GraphTensor]:
