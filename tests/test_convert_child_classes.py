@@ -191,7 +191,7 @@ class Telling:
         return getattr(type(layer), self.name)
 
     def by_name_of_a_table(self, layer: Any) -> Any:
-        return getattr(type(layer), OF_CLASSES["names"][0])
+        return getattr(type(layer), OF_CLASSES[self.name], 0)
 
     def by_one_of_several(self, layer: Any) -> Any:
         return type(layer) in (int, nn.LayerNorm)
