@@ -109,6 +109,22 @@ def test_a_call_that_does_not_follow_begins_a_run(tree: Tree, order: list, first
     assert again[0] is net.layers[first]
 
 
+def test_an_inner_run_at_the_end_of_a_run_begins_once() -> None:
+    net = by_tree([FunctionLayer(saves_input) for _ in range(2)], Tree([["none"] * 2]))
+    output = net(inputs())
+    again.clear()
+    output.sum().backward()
+    assert again == [*net.layers]
+
+
+def test_every_result_of_a_layer_is_linked() -> None:
+    def function(self: FunctionLayer, x: Any) -> Any:
+        one, other = x if isinstance(x, tuple) else (x, x)
+        return one.sin(), other.cos()
+
+    assert saved_bytes(by_tree([FunctionLayer(function) for _ in range(2)], ONE), inputs()) == 0
+
+
 def test_layers_that_need_no_gradient_do_not_run_again() -> None:
     frozen = FunctionLayer(lambda self, x: saves_input(self, self.linear(x))).requires_grad_(False)
     net = by_tree([frozen, FunctionLayer(lambda self, x: self.linear(saves_input(self, x)))], ONE)
@@ -152,7 +168,7 @@ class Pairs(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, pair: tuple[Tensor, Tensor], *, named: dict[str, Tensor]) -> Tensor:
-        return self.linear(x * pair[0] + pair[1]).sin() * named["c"]
+        return self.linear(x * pair[0] + pair[1]).sin() * named["c"] + named["x"].cos()
 
 
 class Paired(nn.Module):
@@ -163,7 +179,7 @@ class Paired(nn.Module):
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         scale, shift = shift * 2.0, shift * 3.0
         for layer in self.layers:
-            x = layer(x, (scale, shift), named={"c": scale})
+            x = layer(x, (scale, shift), named={"c": scale, "x": x})
         return x
 
 
@@ -199,7 +215,7 @@ def test_a_write_to_a_tensor_in_a_container_is_an_error(written: str) -> None:
     net = nn.Sequential(Pairs())
     ckpt_kernels.convert(net, recompute={"0": "checkpoint"})
     shift, factor = torch.ones(WIDTH), torch.ones(WIDTH)
-    output = net[0](inputs(), (shift, shift), named={"c": factor})
+    output = net[0](inputs(), (shift, shift), named={"c": factor, "x": shift})
     (shift if written == "in a tuple" else factor).mul_(2.0)
     with pytest.raises(RuntimeError, match="argument of a checkpointed layer"):
         output.sum().backward()
