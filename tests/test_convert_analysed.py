@@ -308,9 +308,11 @@ def test_imports_after_many_names() -> None:
 
 
 def names_modules() -> Any:
+    import torch.autograd as of_torch
+
     from . import conversion
 
-    return conversion, ckpt_kernels.runs.run, torch.jit, pathlib.Path
+    return of_torch, conversion, ckpt_kernels.runs.run, torch.jit, pathlib.Path
 
 
 def test_the_modules_that_code_names() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels.convert.code.child_classes import inspects_classes_inside
+from ckpt_kernels.convert.inspected import inspected_modules
 
 from .conftest import DEVICE
 from .conversion import WIDTH, close, random_tensor, reason_of, results_of, twins
@@ -191,7 +192,7 @@ class Telling:
         return getattr(type(layer), self.name)
 
     def by_name_of_a_table(self, layer: Any) -> Any:
-        return getattr(type(layer), OF_CLASSES["names"][0])
+        return getattr(type(layer), OF_CLASSES[self.name], 0)
 
     def by_one_of_several(self, layer: Any) -> Any:
         return type(layer) in (int, nn.LayerNorm)
@@ -257,6 +258,11 @@ METHODS = [(f, kind is Telling) for kind in (Telling, Untelling) for f in vars(k
 def test_which_uses_of_classes_tell_subclasses(method: types.FunctionType, tells: bool) -> None:
     name = "forward" if method.__name__ == "forward" else "weigh"
     assert inspects_classes_inside(type("Changed", (Layers,), {name: method})) is tells
+
+
+def test_a_module_that_reads_classes_may_be_converted_itself() -> None:
+    model = nn.Sequential(ByIs(), nn.LayerNorm(WIDTH))
+    assert inspected_modules(model) == {*model[0].modules()} - {model[0]}
 
 
 def test_code_without_a_source_may_tell_subclasses() -> None:

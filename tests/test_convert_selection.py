@@ -29,6 +29,13 @@ def test_include_and_exclude(options: dict[str, Any], expected: set[str]) -> Non
     assert {e.name for e in report.left_alone} == {f"{i}.{j}" for i in range(3) for j in (0, 2)} - expected
 
 
+def test_a_shared_module_has_several_names() -> None:
+    model = mlps()
+    model.again = model[1][2]
+    report = ckpt_kernels.convert(model, include=["again"])
+    assert [entry.name for entry in report.replaced] == ["1.2"]
+
+
 def test_excluded_modules_are_not_fused() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
     report = ckpt_kernels.convert(model, exclude=["1"])
@@ -58,6 +65,8 @@ def test_bad_arguments_are_named() -> None:
         ckpt_kernels.convert(mlps(), exclude=["layers.0"])
     with pytest.raises(TypeError, match=r"include has 3; expected names or classes"):
         ckpt_kernels.convert(mlps(), include=[3])
+    with pytest.raises(TypeError, match=r"exclude has <class 'int'>; expected names or classes of modules"):
+        ckpt_kernels.convert(mlps(), exclude=[int])
     with pytest.raises(TypeError, match=r"model is compiled already"):
         ckpt_kernels.convert(torch.compile(mlps()))
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ckpt_kernels
+from ckpt_kernels.convert.code.settings import as_setting, attributes_of, has_settings, is_plain
 
 from .conftest import DEVICE
 from .conversion import WIDTH, close, random_tensor, replacement_of, results_of
@@ -196,3 +197,32 @@ def test_norms_serve_the_numbers_of_dimensions_that_were_tried(kind: type[nn.Mod
     assert close(expected, results_of(model, x))
     is_tried = x.dim() == 3 or (kind is Itself and 2 <= x.dim() <= 5)
     assert is_tried == ("row_norm" in type(model(x).grad_fn).__name__)
+
+
+class Number(int):
+    """A number with operators of its own."""
+
+
+@pytest.mark.parametrize("value", [None, True, 1, 0.5, "name", torch.float16, torch.Size([2]), (1, 2), [1, 2], ()])
+def test_settings_of_plain_types(value: Any) -> None:
+    module = nn.Module()
+    module.value = value
+    settings = (("value", as_setting(value)),)
+    assert is_plain(value) and has_settings(module, settings) and attributes_of(settings) == {"value": value}
+    assert type(attributes_of(settings)["value"]) is type(value)
+    hash(settings)
+
+
+@pytest.mark.parametrize("value", [Number(1), (True,), (1, 0.5), [None], ((1,),), {}, object(), torch.ones(())])
+def test_settings_of_other_types(value: Any) -> None:
+    assert not is_plain(value)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [(1, 1.0), (1, True), ((1,), [1]), ([1], (1,)), (0.5, 0.25), (1, Number(1))]
+)
+def test_a_setting_of_another_value_or_type_is_noticed(before: Any, now: Any) -> None:
+    module = nn.Module()
+    module.value = now
+    assert not has_settings(module, (("value", as_setting(before)),))
+    assert not has_settings(nn.Module(), (("value", as_setting(before)),))

@@ -56,6 +56,7 @@ class FunctionLayer(nn.Module):
         (lambda self, x: (x.double() if is_repeating() else x).exp().to(x.dtype), r"expected torch\.float32"),
         (lambda self, x: x.sin().sin() if is_repeating() else x.sin(), "saves more tensors"),
         (lambda self, x: x.sin() if is_repeating() else x.sin().sin(), "saves 1 tensors; expected 2"),
+        (lambda self, x: x[:2].sin() if is_repeating() else x.sin(), r"saves torch\.float32 \(2, 16\); expected"),
     ),
 )
 def test_a_recomputation_that_saves_other_tensors_is_an_error(function: Any, message: str) -> None:
@@ -107,6 +108,71 @@ def test_arguments_that_are_one_tensor_are_one_when_an_inner_run_is_repeated() -
     assert same == [True] * (4 + 4 + 3)
 
 
+def saves_nothing(self: FunctionLayer, x: Tensor) -> Tensor:
+    again.append(self)
+    return x + 1.0
+
+
+def saves_input(self: FunctionLayer, x: Tensor) -> Tensor:
+    again.append(self)
+    return x.sin()
+
+
+again: list[FunctionLayer] = []
+TWO = Tree(["none"] * 2, ["none"] * 2)
+
+
+@pytest.mark.parametrize(
+    ("tree", "order", "first"),
+    [
+        (Tree(["none"] * 3), [(0, None), (1, 0), (2, 0)], 2),  # a layer that takes an earlier output
+        (TWO, [(0, None), (3, 0)], 3),  # a layer in the middle of another run
+        (Tree(["none"] * 2, "none"), [(0, None), (1, None)], 1),  # a layer that takes none
+    ],
+)
+def test_a_call_that_does_not_follow_begins_a_run(tree: Tree, order: list, first: int) -> None:
+    net = by_tree([FunctionLayer(saves_input) for _ in tree.found], tree)
+    outputs: dict[int | None, Tensor] = {None: inputs()}
+    for layer, argument in order:
+        outputs[layer] = net.layers[layer](outputs[argument])
+    again.clear()
+    outputs[first].sum().backward()
+    assert again[0] is net.layers[first]
+
+
+def test_an_inner_run_at_the_end_of_a_run_begins_once() -> None:
+    net = by_tree([FunctionLayer(saves_input) for _ in range(2)], Tree([["none"] * 2]))
+    output = net(inputs())
+    again.clear()
+    output.sum().backward()
+    assert again == [*net.layers]
+
+
+def test_every_result_of_a_layer_is_linked() -> None:
+    def function(self: FunctionLayer, x: Any) -> Any:
+        one, other = x if isinstance(x, tuple) else (x, x)
+        return one.sin(), other.cos()
+
+    assert saved_bytes(by_tree([FunctionLayer(function) for _ in range(2)], ONE), inputs()) == 0
+
+
+def test_layers_that_need_no_gradient_do_not_run_again() -> None:
+    frozen = FunctionLayer(lambda self, x: saves_input(self, self.linear(x))).requires_grad_(False)
+    net = by_tree([frozen, FunctionLayer(lambda self, x: self.linear(saves_input(self, x)))], ONE)
+    output = net(inputs().detach())
+    again.clear()
+    output.sum().backward()
+    assert again == [net.layers[1]]
+
+
+def test_a_last_layer_that_saves_nothing_does_not_run_again() -> None:
+    net = by_tree([FunctionLayer(saves_input), FunctionLayer(saves_nothing)], ONE)
+    output = net(inputs())
+    again.clear()
+    output.sum().backward()
+    assert again == [net.layers[0]]
+
+
 @pytest.mark.parametrize("name", ("nested", "deeply"))
 def test_autocast_within_nested_runs(name: str) -> None:
     def run(tree: Tree) -> list[Tensor]:
@@ -133,7 +199,7 @@ class Pairs(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, pair: tuple[Tensor, Tensor], *, named: dict[str, Tensor]) -> Tensor:
-        return self.linear(x * pair[0] + pair[1]).sin() * named["c"]
+        return self.linear(x * pair[0] + pair[1]).sin() * named["c"] + named["x"].cos()
 
 
 class Paired(nn.Module):
@@ -144,27 +210,44 @@ class Paired(nn.Module):
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         scale, shift = shift * 2.0, shift * 3.0
         for layer in self.layers:
-            x = layer(x, (scale, shift), named={"c": scale})
+            x = layer(x, (scale, shift), named={"c": scale, "x": x})
         return x
 
 
+@pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("tree", (Tree(["none"] * 3), NESTED))
-def test_tuple_and_keyword_arguments(tree: Tree) -> None:
+def test_tuple_and_keyword_arguments(tree: Tree, requires_grad: bool) -> None:
     def run(tree: Tree) -> list[Tensor]:
         torch.manual_seed(0)
-        net, x, shift = Paired(), inputs(), torch.randn(ROWS, WIDTH, requires_grad=True)
+        net, x, shift = Paired(), inputs(), torch.randn(ROWS, WIDTH, requires_grad=requires_grad)
         ckpt_kernels.convert(net, recompute=tree)
-        return list(torch.autograd.grad(net(x, shift).square().sum(), [x, shift, *net.parameters()]))
+        variables = [x, *([shift] if requires_grad else []), *net.parameters()]
+        return list(torch.autograd.grad(net(x, shift).square().sum(), variables))
 
     assert all(map(torch.equal, run(flat(tree)), run(tree)))
 
 
-def test_a_write_to_a_tensor_in_a_tuple_is_an_error() -> None:
+def test_an_output_without_a_gradient_as_an_argument_of_an_inner_run() -> None:
+    def function(self: FunctionLayer, pair: Any) -> Any:
+        return self.linear(pair[0] * pair[1]).sin(), (pair[0].detach() > 0).float()
+
+    def run(tree: Tree) -> list[Tensor]:
+        torch.manual_seed(0)
+        net, x = by_tree([FunctionLayer(function) for _ in range(3)], tree), inputs()
+        output, _ = net((x, torch.ones(WIDTH)))
+        return list(torch.autograd.grad(output.square().sum(), [x, *net.parameters()]))
+
+    tree = Tree(["none", ["none"] * 2])
+    assert all(map(torch.equal, run(flat(tree)), run(tree)))
+
+
+@pytest.mark.parametrize("written", ["in a tuple", "in a dict"])
+def test_a_write_to_a_tensor_in_a_container_is_an_error(written: str) -> None:
     net = nn.Sequential(Pairs())
     ckpt_kernels.convert(net, recompute={"0": "checkpoint"})
-    shift = torch.ones(WIDTH)
-    output = net[0](inputs(), (shift, shift), named={"c": shift.clone()})
-    shift.mul_(2.0)
+    shift, factor = torch.ones(WIDTH), torch.ones(WIDTH)
+    output = net[0](inputs(), (shift, shift), named={"c": factor, "x": shift})
+    (shift if written == "in a tuple" else factor).mul_(2.0)
     with pytest.raises(RuntimeError, match="argument of a checkpointed layer"):
         output.sum().backward()
 
@@ -388,16 +471,18 @@ def test_gradients_within_the_forward_of_a_layer() -> None:
 
     def function(self: FunctionLayer, x: Tensor) -> Tensor:
         z = x.detach().requires_grad_()
+        self.count += 1
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(nn.functional.dropout(z, 0.3).sin().sum(), z)
+            (gradient,) = torch.autograd.grad((nn.functional.dropout(z, 0.3) * self.count).sin().sum(), z)
         return self.linear(x * gradient).sin()
 
     def run(level: str) -> list[Tensor]:
         torch.manual_seed(0)
         net, x = nn.Sequential(FunctionLayer(function)), inputs()
+        net[0].register_buffer("count", torch.ones(1))
         ckpt_kernels.convert(net, recompute={"0": level})
         found = torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
-        return [*found, torch.get_rng_state()]
+        return [*found, *net.buffers(), torch.get_rng_state()]
 
     assert all(map(torch.equal, run("none"), run("checkpoint")))
 
@@ -480,3 +565,19 @@ def test_a_layer_that_asks_for_gradients_in_its_forward_pass(tree: Tree) -> None
     expected = derived(net)
     for mine, theirs in zip(derived(by_tree(layers, tree)), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_gradients_of_the_first_of_two_such_layers() -> None:
+    """The first pass alone tells which layers ask for gradients of their own."""
+
+    def forward(self: FunctionLayer, x: Tensor) -> Tensor:
+        z = x.detach().requires_grad_()
+        (inner,) = torch.autograd.grad(self.linear(z).sigmoid().square().sum(), z)
+        return (x + inner).sin()
+
+    torch.manual_seed(0)
+    net = by_tree([FunctionLayer(forward) for _ in range(4)], Tree([["none"] * 2, ["none"] * 2]))
+    first = net.layers[0](x := inputs())
+    last = net.layers[3](net.layers[2](net.layers[1](first)))
+    (of_first,) = torch.autograd.grad(first.sum(), x, retain_graph=True)
+    assert of_first.isfinite().all() and last.requires_grad

@@ -303,7 +303,7 @@ def test_the_library_finds_what_python_finds(monkeypatch: pytest.MonkeyPatch) ->
         return [held.parameters, held.buffers, held.generators, *copies]
 
     layer = made("eager")[0]
-    layer.generator, layer.config, layer.values = torch.Generator(), types.SimpleNamespace(), [1]
+    layer.config, layer.values, layer.parts.generator = types.SimpleNamespace(), [1], torch.Generator()
     layer.mean = layer.first.weight.sum(0)
     layer.weights = torch.ones(WIDTH).as_subclass(Weights)
     layer.parts.again = layer.first

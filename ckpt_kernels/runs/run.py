@@ -37,8 +37,7 @@ class Run:
         self._calls: list[Call] = []
         # The last output of a call by the identity of the tensor, which may be gone.
         self._links: dict[int, tuple[weakref.ref[Tensor], int | None, Link]] = {}
-        # With the versions at which they were kept: after an in-place write the tensor is another argument.
-        self._kept: list[tuple[weakref.ref[Tensor], int | None, Input]] = []
+        self._kept: list[tuple[weakref.ref[Tensor], Input]] = []
         self.shapes: dict[torch.Size, torch.Size] = {}
         self._lock = threading.RLock()
 
@@ -114,17 +113,19 @@ class Run:
         return self._keep(value, discarder) if link is None else link
 
     def _keep(self, tensor: Tensor, discarder: Discarder | None) -> Input:
-        """The kept input for a tensor that comes from outside the run."""
-        version = version_of(tensor)
-        for known_tensor, known_version, known_input in self._kept:
-            if known_tensor() is tensor and known_version == version:
+        """The kept input for a tensor that comes from outside the run.
+
+        After an in-place write the first reader's check of the version fails for all readers.
+        """
+        for known_tensor, known_input in self._kept:
+            if known_tensor() is tensor:
                 return known_input
-        if discarder is not None and tensor.requires_grad and not tensor.is_leaf:
+        if discarder is not None and not tensor.is_leaf:
             get = discarder.pack(tensor).get
         else:
             get = version_checked(tensor)
         new_input = Input(get, tensor.requires_grad)
-        self._kept.append((weakref.ref(tensor), version, new_input))
+        self._kept.append((weakref.ref(tensor), new_input))
         return new_input
 
     def repeat(self, waiting: "Saved") -> None:
@@ -152,12 +153,14 @@ class Run:
     def _inner_runs(self) -> list[list[Call]]:
         """The calls, grouped by inner run; a call in no inner run forms a separate group."""
         groups: list[list[Call]] = []
+        key = None
         for call in self._calls:
             inner = call.places[self._depth + 1 :]
-            if inner and inner[0].number and groups and _inner_key(groups[-1][0], self._depth) == inner[0].key:
+            if inner and inner[0].key == key:
                 groups[-1].append(call)
             else:
                 groups.append([call])
+            key = inner[0].key if inner else None
         return groups
 
     def _repeat_call(self, call: Call, number: int, restored: Restored, is_last: bool) -> None:
@@ -229,12 +232,6 @@ class Run:
         """Repeats a call for its outputs."""
         args, kwargs = restored.argument(call.args), restored.argument(call.kwargs)
         restored.end_call(number, call.repeat(args, kwargs, alone=len(self._calls) == 1))
-
-
-def _inner_key(call: Call, depth: int) -> int | None:
-    """The key of the inner run that a call belongs to; None if the call belongs to none."""
-    inner_places = call.places[depth + 1 :]
-    return inner_places[0].key if inner_places else None
 
 
 @contextlib.contextmanager

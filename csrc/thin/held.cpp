@@ -7,7 +7,7 @@ namespace ckpt {
 
 namespace {
 
-PyObject *of_buffers, *of_copy, *of_modules, *of_parameters;
+PyObject *of_buffers, *of_modules, *of_parameters;
 
 bool append(const Owned& list, PyObject* value) { return PyList_Append(list.get(), value) == 0; }
 
@@ -90,9 +90,7 @@ class Walk {
 
   // Appends a dict and a copy, without values that may hold a graph if the dict may have such. False after an error.
   bool add_copy(const Owned& list, PyObject* dict, bool may_have_graphs) {
-    const Owned copy = PyDict_Size(dict) == 0    ? shared(nothing_.get())
-                       : PyDict_CheckExact(dict) ? Owned(PyDict_Copy(dict))
-                                                 : called(dict, of_copy);
+    const Owned copy = PyDict_Size(dict) == 0 ? shared(nothing_.get()) : Owned(PyDict_Copy(dict));
     if (!copy || !append(list, dict) || !append(list, copy.get())) return false;
     bool is_whole = true;
     Py_ssize_t place = 0;
@@ -149,10 +147,7 @@ PyMethodDef methods[] = {
 }  // namespace
 
 bool add_held(PyObject* module) {
-  return prepare_names({{&of_buffers, "_buffers"},
-                        {&of_copy, "copy"},
-                        {&of_modules, "_modules"},
-                        {&of_parameters, "_parameters"}}) &&
+  return prepare_names({{&of_buffers, "_buffers"}, {&of_modules, "_modules"}, {&of_parameters, "_parameters"}}) &&
          PyModule_AddFunctions(module, methods) == 0;
 }
 

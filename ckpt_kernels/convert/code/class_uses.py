@@ -19,7 +19,6 @@ from .syntax_trees import is_name
 
 # Attributes of a class that a subclass does not inherit unchanged.
 _NOT_INHERITED = frozenset("__annotations__ __base__ __bases__ __dict__ __mro__ __subclasses__ mro".split())
-_COMPARISONS = (ast.Is, ast.IsNot, ast.Eq, ast.NotEq, ast.In, ast.NotIn)
 
 
 def tells_subclasses(
@@ -87,8 +86,7 @@ class _ClassUses:
             return all(isinstance(target, ast.Name) for target in parent.targets)
         if isinstance(parent, ast.Compare):
             operands = [parent.left, *parent.comparators]
-            compares = all(isinstance(operator, _COMPARISONS) for operator in parent.ops)
-            return compares and all(o is child or self._is_no_module(self._scope.value(o), o) for o in operands)
+            return all(o is child or self._is_no_module(self._scope.value(o), o) for o in operands)
         if not isinstance(parent, ast.Call):
             return isinstance(parent, ast.FormattedValue)
         if parent.func is child or is_name(parent.func, ("str", "repr", "print")):
