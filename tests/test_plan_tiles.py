@@ -152,8 +152,12 @@ def test_tiles_are_offered_if_they_lower_a_peak(trials: tuple[Stack, Bench, Meas
 
 
 def test_costs_predict_peaks(trials: tuple[Stack, Bench, Measurements]) -> None:
-    """For random assignments, with and without checkpoints."""
+    """For random assignments, with and without checkpoints.
+
+    The first pass of a checkpoint is measured with its layers at "output", and takes less at levels with smaller peaks.
+    """
     model, bench, found = trials
+    slack = 0.01 * found.steps["eager"].peak
     rng = random.Random(0)
     tiles = set()
     for turn in range(5):
@@ -161,7 +165,9 @@ def test_costs_predict_peaks(trials: tuple[Stack, Bench, Measurements]) -> None:
         tiles.update(choice.level for choice in stages_of(parts) if "tiles" in choice.level)
         need, _ = predicted(found.stages, parts)
         real = bench.peak(f"{turn}", bench.twin(plan_of(model, found, parts)))
-        assert abs(need - real) <= 0.01 * found.steps["eager"].peak, parts
+        assert real <= need + slack, parts
+        inside = stages_of(tuple(part for part in parts if isinstance(part, Checkpoint)))
+        assert need <= real + slack or any(choice.level.startswith(("all", "layer")) for choice in inside), parts
     assert tiles
 
 
