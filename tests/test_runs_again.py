@@ -185,7 +185,7 @@ class Paired(nn.Module):
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
-@pytest.mark.parametrize("tree", (Tree(["none"] * 3), NESTED))
+@pytest.mark.parametrize("tree", (Tree(["none"] * 3), NESTED, Tree(["none", ["none"] * 2])))
 def test_tuple_and_keyword_arguments(tree: Tree, requires_grad: bool) -> None:
     def run(tree: Tree) -> list[Tensor]:
         torch.manual_seed(0)
