@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import offload
@@ -54,6 +54,24 @@ def test_gradients_are_the_same_to_the_last_bit(level: str | None, alive: weakre
     del loss
     ckpt_kernels.revert(model)
     assert not any(map(ckpt_kernels.is_converted, model))
+
+
+class Conjugate(nn.Module):
+    """Saves a conjugate, and a negative of a part of it, whose bits are not in the memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.complex(x, 2.0 * x).conj()
+        return (y * y).real + y.imag * y.imag
+
+
+def test_conjugates_and_negatives_stay_as_they_are() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    model = nn.Sequential(Conjugate())
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    with pytest.warns(UserWarning, match="simulated"):
+        offload.offload(model, "0", least=1)
+    (found,) = torch.autograd.grad(model(x).sum(), x)
+    assert torch.equal(found, expected)
 
 
 def test_small_tensors_and_parameters_stay() -> None:

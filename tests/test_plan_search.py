@@ -13,10 +13,11 @@ from ckpt_kernels import DoesNotFit, Plan, memory, plan
 from ckpt_kernels.plan.bench import Bench, StepCost
 from ckpt_kernels.plan.budget import bytes_of
 from ckpt_kernels.plan.costs import Checkpoint, Cost, Stage, StageAt
+from ckpt_kernels.plan.fronts import Front
 from ckpt_kernels.plan.marks import peak_of
 from ckpt_kernels.plan.measure import Measurements, measure_choices
 from ckpt_kernels.plan.plan import structure_of
-from ckpt_kernels.plan.search import _best, budget_bytes, fastest, one_level
+from ckpt_kernels.plan.search import _best, _candidates, budget_bytes, fastest, one_level
 from ckpt_kernels.plan.solve import Solver
 from ckpt_kernels.runs import Place, is_repeating
 
@@ -225,3 +226,26 @@ def test_the_budget_device_is_the_free_memory(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 900)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
     assert bytes_of("device", 1, torch.device("cuda", 0)) == 1520
+
+
+class Line:
+    """A solver whose assignments are the bytes that they need: 0 to 20, each faster than the one before."""
+
+    front = Front(torch.arange(21), 30.0 - torch.arange(21))
+
+    def best(self, budget: int) -> int:
+        return budget
+
+
+def test_the_order_of_candidates() -> None:
+    errors = [0]
+    tried = _candidates(cast(Solver, Line()), 12, errors)
+    first = [next(tried)]
+    for error in (4, 2):  # the largest error so far counts
+        errors.append(error)
+        first.append(next(tried))
+    assert first == [12, 8, 8]
+    # From the fastest that should fit to the leanest.
+    assert list(tried) == [12, 10, 7, 5, 2, 0]
+    errors[:] = [100]
+    assert list(_candidates(cast(Solver, Line()), 2, errors)) == [5, 4, 3, 2, 1, 0]

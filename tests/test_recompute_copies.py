@@ -84,6 +84,19 @@ def test_a_copy_from_after_a_write_has_no_recipe_of_before(hidden: bool) -> None
     assert all(map(torch.equal, found, expected))
 
 
+def test_copies_of_one_view_in_two_layouts() -> None:
+    model, x = made()
+
+    def copied(discards: bool) -> tuple[Tensor, ...]:
+        with discard_outputs() if discards else torch.enable_grad():
+            rows = F.group_norm(x, 4, model.weight).transpose(1, 2)
+            transposed = torch.ops.aten._unsafe_view(rows.clone(), (2, 1, SIZE, CHANNELS))
+            loss = rows.reshape(-1, CHANNELS).sin().sum() + transposed.sin().sum()
+        return torch.autograd.grad(loss, [x, model.weight])
+
+    assert all(map(torch.equal, copied(True), copied(False)))
+
+
 def test_copies_in_two_contexts() -> None:
     model, x = made()
     expected = [2 * g for g in gradients(model, x, False)]

@@ -91,3 +91,8 @@ def test_every_tile_has_numbers_of_rows_and_warps_that_triton_takes(sums: bool) 
         for passing in range(0, 300, 3):
             tile = launch.heads_tile(rotated, passing, sums)
             assert all(number.bit_count() == 1 for number in (tile.rows, tile.block, tile.warps)), (rotated, passing)
+
+
+def test_a_warp_has_512_elements_at_least() -> None:
+    elements = (1, 2048, 4095, 4096, 10000, 16384, 100000)
+    assert [launch._warps(count) for count in elements] == [4, 4, 4, 8, 16, 32, 32]

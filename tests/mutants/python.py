@@ -292,4 +292,32 @@ PYTHON = (
         "",
         "tests/test_glu.py -k limit_and_offset",
     ),
+    Mutant(
+        "a call in the middle of another run continues a run",
+        "ckpt_kernels/runs/run.py",
+        "if «place.key != self._key» or place.number",
+        "False",
+        "tests/test_runs_again.py -k does_not_follow",
+    ),
+    Mutant(
+        "a write to a tensor in a dict goes unnoticed when a layer runs again",
+        "ckpt_kernels/runs/run.py",
+        "if «isinstance(value, dict)»:\n            return {key: self._recorded",
+        "False",
+        "tests/test_runs_again.py -k tensor_in_a_container",
+    ),
+    Mutant(
+        "a class is compared with an unknown one and may be exchanged",
+        "ckpt_kernels/convert/code/class_uses.py",
+        "return «bool(items)» and all(map(self._is_no_module, items))",
+        "True",
+        "tests/test_convert_child_classes.py -k tell",
+    ),
+    Mutant(
+        "code of site-packages counts as the standard library's",
+        "ckpt_kernels/convert/code/call_graph.py",
+        'return «not file.removeprefix(_STANDARD_DIRECTORY).startswith(("site-packages", "dist-packages"))»',
+        "True",
+        "tests/test_convert_analysed.py -k standard_library",
+    ),
 )
