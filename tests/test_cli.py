@@ -295,7 +295,8 @@ class ReadsItsClass(nn.Module):
         self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.norm(x) * (2 if type(self.norm) is nn.LayerNorm else 1))
+        kind = getattr(self.norm, "".join(("__cla", "ss__")))  # no analysis of the source finds that
+        return self.linear(self.norm(x) * (2 if kind is nn.LayerNorm else 1))
 
 
 @pytest.mark.parametrize(

@@ -71,12 +71,18 @@ class ByPlace(Layers):
         return x
 
 
+class ByMap(Layers):
+    def weigh(self, layer: nn.Module) -> float:
+        kinds = list(map(type, self.layers))
+        return float(kinds.count(nn.LayerNorm))
+
+
 class ByMethodOfClass(Layers):
     def weigh(self, layer: nn.Module) -> float:
         return float(nn.LayerNorm in type(layer).__mro__[:1])
 
 
-INSPECTING = (ByIs, ByTable, ByAttribute, ByChild, ByHelper, ByPlace, ByMethodOfClass)
+INSPECTING = (ByIs, ByTable, ByAttribute, ByChild, ByHelper, ByPlace, ByMap, ByMethodOfClass)
 
 
 @pytest.mark.parametrize("recompute", ["block", "output", "all", "layer"])

@@ -12,7 +12,7 @@ from .class_uses import aliased, tells_subclasses
 from .code_objects import names_in
 from .memoization import memoized
 from .source import NoSource, definition_of
-from .syntax_trees import stored_names
+from .syntax_trees import is_name, stored_names
 
 
 @memoized
@@ -36,7 +36,24 @@ def _inspects(function: types.FunctionType, method: str | None) -> bool:
         tree = definition_of(function).tree
     except NoSource:
         return True
-    return tells_subclasses(function, tree, _may_be_inside(function, tree, method))
+    return _passes_type_on(tree) or tells_subclasses(function, tree, _may_be_inside(function, tree, method))
+
+
+def _passes_type_on(tree: ast.FunctionDef) -> bool:
+    """Whether a function uses `type` other than by calling it, as in `map(type, self.layers)`.
+
+    A class to compare with, `isinstance(x, type)`, and annotations are no such uses.
+    """
+    no_uses: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            no_uses.add(id(node.func))
+            no_uses.update(map(id, node.args[1:] if is_name(node.func, ("isinstance", "issubclass")) else ()))
+        elif isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            no_uses.update(map(id, ast.walk(node.annotation)))
+        elif isinstance(node, ast.FunctionDef) and node.returns is not None:
+            no_uses.update(map(id, ast.walk(node.returns)))
+    return any(is_name(node, ("type",)) and id(node) not in no_uses for node in ast.walk(tree))
 
 
 def _may_be_inside(
