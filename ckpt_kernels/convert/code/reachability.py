@@ -132,9 +132,8 @@ class CodeReader:
         if is_torch_callable(function) and not own:
             return
         if not has_type(function, types.FunctionType):
-            raise NotTriable(
-                f"calls {getattr(function, '__name__', repr(function))}, which is no function of Python's or torch's"
-            )
+            name = getattr(function, "__name__", f"an object of type {type(function).__name__}")
+            raise NotTriable(f"calls {name}, which is no function of Python's or torch's")
         for cell in function.__closure__ or ():
             value = cell_value(cell, MISSING)
             if value is MISSING:
