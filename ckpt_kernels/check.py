@@ -3,6 +3,7 @@
 Both run on copies; the model itself is not touched.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -103,10 +104,11 @@ class Check:
 def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns: int = 5) -> Check:
     """Runs copies of `model` on `inputs`, one unchanged and one converted. The model itself stays unchanged.
 
-    Each copy runs twice, the second time on a batch with the samples in another order. Errors are those of the first
-    run against a float64 copy with the same random numbers: of the outputs, and of the gradients of a random projection
-    of the outputs. They are measured in evaluation mode if the model draws random numbers in training mode. Times are
-    medians of `turns` steps of each copy, taken alternately.
+    Each copy runs twice, the second time on a batch with the samples in another order. The numbers of both runs are
+    compared with those of a float64 copy with the same random numbers: of the outputs, and of the gradients of a random
+    projection of the outputs. The errors in the table are those of the first run. They are measured in evaluation mode
+    if the model draws random numbers in training mode. Times are medians of `turns` steps of each copy, taken
+    alternately.
 
     Args:
         model: a module.
@@ -142,10 +144,10 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     before = state_of(twin)
     report = convert(twin, recompute=recompute)
     changed = [f"convert itself changed {name}" for name in different(before, state_of(twin))]
-    truth = _truth(plain, inputs)
+    batches = (inputs, reordered(inputs))
+    truths = _truths(plain, batches)
     runs, states = [], []
     for which in (plain, twin):
-        batches = (inputs, reordered(inputs))
         results = [_from_same_seeds(functools.partial(_results, which, batch)) for batch in batches]
         runs.append([(*result, generators) for result, generators in results])
         states.append(state_of(which))
@@ -153,9 +155,17 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
         changed += [f"{what}, call {turn + 1}" for what in _compared(theirs, ours)]
     changed += [f"{name} is another afterwards" for name in different(*states)]
     kinds = (("outputs", "output"), ("gradients", "grad"))
-    errors = [errors_of(what, prefix, truth, runs[0][0][0], runs[1][0][0]) for what, prefix in kinds]
+    by_call = [
+        [errors_of(what, prefix, truth, theirs[0], ours[0]) for what, prefix in kinds]
+        for truth, theirs, ours in zip(truths, *runs, strict=True)
+    ]
     eps = lowest_precision(runs[0][0][0])
-    changed += [message for error in errors if (message := beyond_rounding(error, eps))]
+    # Of the outputs and of the gradients, the first call in which they differ.
+    for both in zip(*by_call, strict=True):
+        messages = [
+            f"{text}, call {turn}" for turn, error in enumerate(both, 1) if (text := beyond_rounding(error, eps))
+        ]
+        changed += messages[:1]
     plain.train(), twin.train()
     kept = _kept(plain, inputs), _kept(twin, inputs)
     peak = _peak(plain, inputs, device), _peak(twin, inputs, device)
@@ -165,7 +175,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
             seconds[index].append(seconds_of_step(timed, inputs, device))
     medians = statistics.median(seconds[0]), statistics.median(seconds[1])
     noise = max(map(_spread, seconds)) if turns > 1 else None
-    return Check(report, mode, errors, changed, kept, peak, medians, noise)
+    return Check(report, mode, by_call[0], changed, kept, peak, medians, noise)
 
 
 def _kept(model: nn.Module, inputs: Inputs) -> int:
@@ -195,16 +205,20 @@ def _results(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], Any]:
     return results, types_in(value)
 
 
-def _truth(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """The results of a float64 copy with the random numbers that the model itself draws."""
-    run = functools.partial(_results, copy_of(model).double(), each_of(inputs, in_double))
-    if not draws_random_numbers(copy_of(model), inputs):
-        return run()[0]
-    draws: list[Tensor] = []
-    with random_draws.recorded(draws):
-        _from_same_seeds(functools.partial(_results, copy_of(model), inputs))
-    with random_draws.repeated(draws):
-        return _from_same_seeds(run)[0][0]
+def _truths(model: nn.Module, batches: Sequence[Inputs]) -> list[dict[str, Tensor]]:
+    """The results of a float64 copy for one batch after the other, with the random numbers that the model draws."""
+    draws_any = draws_random_numbers(copy_of(model), batches[0])
+    plain, exact = copy_of(model), copy_of(model).double()
+    truths = []
+    for batch in batches:
+        draws: list[Tensor] = []
+        if draws_any:
+            with random_draws.recorded(draws):
+                _from_same_seeds(functools.partial(_results, plain, batch))
+        with random_draws.repeated(draws) if draws else contextlib.nullcontext():
+            (results, _), _ = _from_same_seeds(functools.partial(_results, exact, each_of(batch, in_double)))
+        truths.append(results)
+    return truths
 
 
 def _from_same_seeds(run: Callable[[], Any]) -> tuple[Any, list[Any]]:
