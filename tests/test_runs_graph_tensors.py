@@ -35,6 +35,19 @@ class Recurrent(Conditioned):
         return x
 
 
+def state_of(layer: nn.Module) -> Tensor:
+    return layer.hidden
+
+
+class ByFunction(Conditioned):
+    """Only a function reads the tensor that the layer replaces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.linear(self.norm(x)) * state_of(self))
+        self.hidden = torch.sin(x)
+        return x
+
+
 class ByProperty(Conditioned):
     @property
     def scale(self) -> Tensor:
@@ -59,7 +72,7 @@ class Net(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", [Conditioned, Recurrent, ByProperty])
+@pytest.mark.parametrize("kind", [Conditioned, Recurrent, ByFunction, ByProperty])
 def test_the_tensors_of_the_first_call_return(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     net = Net(kind).to(DEVICE)

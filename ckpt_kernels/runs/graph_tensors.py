@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from .arguments import traced, version_checked
 
+# Code with one of these names may read any attribute, by a name that is not in the code.
+_OF_ANY_NAME = frozenset("__dict__ _buffers attrgetter buffers eval exec getattr named_buffers state_dict vars".split())
 # Where methods read no attributes of subclasses by name.
-_WITHOUT_OTHER_NAMES = ("torch.nn.modules.", f"{__name__.partition('.')[0]}.")
+_WITHOUT_OTHER_NAMES = ("torch.", f"{__name__.partition('.')[0]}.")
 
 
 class GraphTensor(NamedTuple):
@@ -55,11 +57,22 @@ def graph_tensors_in(dicts: Sequence[dict[str, Any]]) -> list[GraphTensor]:
 
 
 def reads(kinds: Collection[type[nn.Module]], name: str) -> bool:
-    """Whether code of one of the classes may read an attribute of that name."""
+    """Whether code of one of the classes, or a function among the globals of such code, may read an attribute of that
+    name."""
     owners = {owner for kind in kinds for owner in kind.__mro__}
-    functions = (f for owner in owners for value in vars(owner).values() for f in _functions_of(value))
-    codes = [f.__code__ for f in functions if not (f.__module__ or "").startswith(_WITHOUT_OTHER_NAMES)]
-    return any(name in _loaded(code) or "getattr" in code.co_names for code in codes)
+    waiting = [f for owner in owners for value in vars(owner).values() for f in _functions_of(value)]
+    seen: set[types.FunctionType] = set()
+    while waiting:
+        function = waiting.pop()
+        if function in seen or (function.__module__ or "").startswith(_WITHOUT_OTHER_NAMES):
+            continue
+        seen.add(function)
+        codes = list(_with_nested(function.__code__))
+        names = {named for code in codes for named in code.co_names}
+        if names & _OF_ANY_NAME or any(name in _loaded(code) for code in codes):
+            return True
+        waiting += [f for other in names for f in _functions_of(function.__globals__.get(other))]
+    return False
 
 
 def _functions_of(value: Any) -> Iterator[types.FunctionType]:
@@ -75,9 +88,14 @@ def _functions_of(value: Any) -> Iterator[types.FunctionType]:
         yield from _functions_of(vars(value).get("__wrapped__"))
 
 
-def _loaded(code: types.CodeType) -> Iterator[str]:
-    """The names of the attributes that code loads, nested functions included."""
-    yield from (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_ATTR", "LOAD_METHOD"))
+def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code, and that of nested functions."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _loaded(constant)
+            yield from _with_nested(constant)
+
+
+def _loaded(code: types.CodeType) -> Iterator[str]:
+    """The names of the attributes that code loads."""
+    return (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_ATTR", "LOAD_METHOD"))

@@ -30,6 +30,8 @@ def inspects_classes_inside(kind: type[nn.Module]) -> bool:
 
 def _inspects(function: types.FunctionType, method: str | None) -> bool:
     """Whether a function uses the class of an object; `method` is the function's name in the class, None if in none."""
+    if "__class__" in function.__code__.co_consts:  # getattr(layer, "__class__")
+        return True
     if not {"type", "__class__"} & names_in(function.__code__):
         return False
     try:
