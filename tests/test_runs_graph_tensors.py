@@ -48,6 +48,14 @@ class ByFunction(Conditioned):
         return x
 
 
+class ItsOwnOutput(Conditioned):
+    """Reads its last output, which is also its argument where calls follow each other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.condition = super().forward(x) + self.condition.tanh()
+        return self.condition
+
+
 class ByProperty(Conditioned):
     @property
     def scale(self) -> Tensor:
@@ -72,7 +80,7 @@ class Net(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", [Conditioned, Recurrent, ByFunction, ByProperty])
+@pytest.mark.parametrize("kind", [Conditioned, Recurrent, ByFunction, ItsOwnOutput, ByProperty])
 def test_the_tensors_of_the_first_call_return(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     net = Net(kind).to(DEVICE)

@@ -102,7 +102,7 @@ class Call:
         self.random.restore()
         with contextlib.ExitStack() as stack:
             if self.states is not None:
-                stack.enter_context(self.states.restored())
+                stack.enter_context(self.states.restored(list(tensors_among((args, kwargs)))))
             for buffer in self.written:
                 stack.enter_context(buffer.restored())
             if backends.chosen() != self.backend:

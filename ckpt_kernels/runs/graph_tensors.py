@@ -28,28 +28,36 @@ class GraphTensor(NamedTuple):
         name: the name in the dict.
         tensor: the tensor, which may be gone.
         get: returns the tensor without its graph, or raises if the tensor has been written to.
+        key: tells the tensor from the others that the call had.
     """
 
     values: dict[str, Any]
     name: str
     tensor: "weakref.ref[Tensor]"
     get: Callable[[], Tensor]
+    key: int
 
     def is_current(self) -> bool:
         """Whether the dict still has this tensor."""
         tensor = self.tensor()
         return tensor is not None and self.values.get(self.name) is tensor
 
-    def restore(self) -> None:
-        """Put a tensor of the same values, which requires gradients too, into the dict."""
-        if not self.is_current():
-            self.values[self.name] = traced(self.get())
+    def restore(self, restored: dict[int, Tensor]) -> None:
+        """Put a tensor of the same values, which requires gradients too, into the dict.
+
+        `restored` has the tensors by key that were restored before: what was one tensor is one again.
+        """
+        if self.key not in restored:
+            restored[self.key] = traced(self.get())
+        self.values[self.name] = restored[self.key]
 
 
 def graph_tensors_in(dicts: Sequence[dict[str, Any]]) -> list[GraphTensor]:
     """The tensors with a graph among the values of these dicts."""
     return [
-        GraphTensor(values, name, weakref.ref(value), version_checked(value, f"{name} of a checkpointed layer"))
+        GraphTensor(
+            values, name, weakref.ref(value), version_checked(value, f"{name} of a checkpointed layer"), id(value)
+        )
         for values in dicts
         for name, value in values.items()
         if isinstance(value, Tensor) and value.grad_fn is not None

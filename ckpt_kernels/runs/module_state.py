@@ -82,8 +82,8 @@ class ModuleStates:
     """
 
     __slots__ = (
-        *("_attributes", "_containers", "_graph_tensors", "_kinds", "_modules", "_parameters", "_partial"),
-        "_require_gradients",
+        *("_arguments", "_attributes", "_containers", "_graph_tensors", "_kinds", "_modules", "_parameters"),
+        *("_partial", "_require_gradients"),
     )
 
     def __init__(self, modules: Sequence[nn.Module], parameters: Sequence[Tensor], copies: Copies) -> None:
@@ -91,6 +91,11 @@ class ModuleStates:
         self._parameters, self._require_gradients = parameters, list(map(_requires_grad, parameters))
         self._attributes, self._containers, self._partial = copies
         self._graph_tensors = graph_tensors_in(self._partial)
+        self._arguments: list[int] = []
+
+    def note_arguments(self, tensors: Sequence[Tensor]) -> None:
+        """Note the tensors in the arguments of the call, before the call: an attribute may be one of them."""
+        self._arguments = list(map(id, tensors)) if self._graph_tensors else []
 
     def forget_unread(self) -> None:
         """Forget the tensors with a graph that the call has replaced, and that no method of the modules reads."""
@@ -102,13 +107,13 @@ class ModuleStates:
         return (
             _are_same_dicts(self._attributes)
             and _are_same_dicts(self._containers)
-            and all(tensor.is_current() for tensor in self._graph_tensors)
+            and all(tensor.is_current() and tensor.key not in self._arguments for tensor in self._graph_tensors)
             and list(map(type, self._modules)) == self._kinds
             and list(map(_requires_grad, self._parameters)) == self._require_gradients
         )
 
-    def restore(self) -> None:
-        """Give the modules this state."""
+    def restore(self, arguments: Sequence[Tensor] = ()) -> None:
+        """Give the modules this state. `arguments` are the tensors in the arguments of a repeated call."""
         for now, before in _pairs(self._attributes):
             _restore(now, before)
         for now, before in _pairs(self._containers):
@@ -118,8 +123,10 @@ class ModuleStates:
             if list(now) != list(values):
                 now.clear()
                 now.update(values)
+        restored = dict(zip(self._arguments, arguments, strict=False))
         for tensor in self._graph_tensors:
-            tensor.restore()
+            if not tensor.is_current() or tensor.key in restored:
+                tensor.restore(restored)
         for module, kind in zip(self._modules, self._kinds, strict=True):
             if type(module) is not kind:
                 object.__setattr__(module, "__class__", kind)
@@ -128,8 +135,11 @@ class ModuleStates:
                 parameter.requires_grad_(requires_grad)
 
     @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """A context in which the modules have this state; afterwards the present one returns, whatever runs within."""
+    def restored(self, arguments: Sequence[Tensor] = ()) -> Iterator[None]:
+        """A context in which the modules have this state; afterwards the present one returns, whatever runs within.
+
+        `arguments` are the tensors in the arguments of a repeated call.
+        """
         if self.are_current():
             # The present values that this state does not hold.
             others = [each for now in self._partial for each in (now, now.copy())]
@@ -143,7 +153,7 @@ class ModuleStates:
             return
         present = ModuleStates(self._modules, self._parameters, copies_of(self._modules, holds_all=True))
         try:
-            self.restore()
+            self.restore(arguments)
             yield
         finally:
             present.restore()

@@ -63,6 +63,8 @@ class Run:
         call.random = self._random_state(held, tensors)
         call.written = buffers = [BufferSnapshot(*buffer) for buffer in held.buffers]
         self._calls.append(call)
+        if call.states is not None:
+            call.states.note_arguments(tensors)
 
         @steps_aside
         def pack(tensor: Tensor) -> Saved:
