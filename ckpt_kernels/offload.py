@@ -32,8 +32,8 @@ from .convert.rules.rule import Forward
 from .convert.swap import add_forward_context, may_be_swapped
 from .host_memory import from_host, to_host
 from .recompute import discarding, run_at
-from .recompute.active import top_hooks
 from .recompute.cells import Unwritten, version_watch
+from .recompute.hooks import top_hooks
 from .recompute.transforms import allow_transforms
 from .runs.arguments import version_checked
 from .saved_tensor_hooks import steps_aside

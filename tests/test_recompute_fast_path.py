@@ -16,12 +16,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_kernels import backends, recompute
 from ckpt_kernels import functional as F
-from ckpt_kernels.recompute import active, announcing, biases, fast_path
-from ckpt_kernels.recompute.active import seekers
+from ckpt_kernels.recompute import active, announcing, biases, fast_path, hooks
 from ckpt_kernels.recompute.announcements import Announced
 from ckpt_kernels.recompute.cells import Cell, Kept
 from ckpt_kernels.recompute.discarder import Discarder
 from ckpt_kernels.recompute.entries import Block, Entries, Entry
+from ckpt_kernels.recompute.hooks import seekers
 from ckpt_kernels.recompute.provenance import Trace
 from ckpt_kernels.recompute.recipes import LONGEST_CHAIN, Claim, Recipe, geometry_of, layout_of
 
@@ -493,10 +493,10 @@ def test_a_context_that_another_thread_closed_removes_its_hooks() -> None:
     thread = threading.Thread(target=context.__exit__, args=(None, None, None))
     thread.start()
     thread.join()
-    assert active.top_hooks() is not None
+    assert hooks.top_hooks() is not None
     x = random_tensor(4).requires_grad_()
     _ = x * x
-    assert active.top_hooks() is None
+    assert hooks.top_hooks() is None
 
 
 def test_a_noted_operand_needs_no_recipe() -> None:

@@ -7,15 +7,12 @@ once; and adapters, of any class, whenever the number of modules in the model ha
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from .rules.likeness import ACTIVATIONS, NORMS
-
-if TYPE_CHECKING:
-    from .late_conversion import LateConversion
 
 # The classes of torch.nn whose instances are examined when they are added.
 LATE_CLASSES = frozenset(kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, NORMS)) | {
@@ -24,15 +21,31 @@ LATE_CLASSES = frozenset(kind for kind in vars(nn).values() if isinstance(kind, 
     nn.GLU,
 }
 
+
+class LateConversion(Protocol):
+    """What a forward needs of the conversion that it continues: see `late_conversion`."""
+
+    seen: set["weakref.ref[nn.Module]"]
+    sizes: "weakref.WeakKeyDictionary[nn.Module, int]"
+
+    def belongs_to(self, module: nn.Module) -> bool: ...
+
+    def begin(self, model: nn.Module, *others: nn.Module) -> None: ...
+
+    def convert(self, modules: list[nn.Module]) -> None: ...
+
+    def convert_adapters(self) -> None: ...
+
+
 _by_module: "weakref.WeakKeyDictionary[nn.Module, LateConversion]" = weakref.WeakKeyDictionary()
 
 
-def set_late_conversion(modules: Iterable[nn.Module], conversion: "LateConversion") -> None:
+def set_late_conversion(modules: Iterable[nn.Module], conversion: LateConversion) -> None:
     """Has the forwards of these modules look for added modules, and convert them by `conversion`."""
     _by_module.update(dict.fromkeys(modules, conversion))
 
 
-def late_conversion_of(module: nn.Module) -> "LateConversion | None":
+def late_conversion_of(module: nn.Module) -> LateConversion | None:
     """The late conversion that the forward of this module runs, or None."""
     return _by_module.get(module)
 

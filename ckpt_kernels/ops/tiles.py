@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..recompute.active import top_hooks
+from ..recompute.hooks import top_hooks
 from .accumulate import add_product, add_sum, buffer_for
 from .composition import by_composition
 from .linear import announce_product, linear_block_linear, record_if

@@ -16,7 +16,8 @@ from .announcements import Announcement
 from .announcing import announce, announce_in_layer, copied, note, record, watch
 from .contexts import DiscardOutputs, discard_outputs, selective_contexts
 from .layers import layer, run_as_layer, run_at
-from .widened import is_widened, keeping_narrow
+from .narrow_hooks import keeping_narrow
+from .widened import is_widened
 
 __all__ = [
     "Announcement",

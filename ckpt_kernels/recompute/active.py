@@ -1,14 +1,9 @@
-"""The contexts that are active on a thread, and the saved-tensor hooks that torch calls."""
+"""The contexts that are active on a thread."""
 
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from .discarder import Discarder
+from .discarder import Discarder
+from .hooks import has_innermost_hooks
 
 
 class _Thread(threading.local):
@@ -20,26 +15,8 @@ class _Thread(threading.local):
 
 thread = _Thread()
 
-# The threads in which `nodes.results_of_function` unpacks tensors only to learn which node made them: unpacking then
-# returns a placeholder and computes no value. The list stays the same object.
-seekers: list[int] = []
 
-
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-
-
-def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """The innermost saved-tensor hooks of this thread, None where there are none."""
-    return _top_hooks(True)
-
-
-def has_innermost_hooks(discarder: "Discarder") -> bool:
-    """Whether the hooks of this context are the innermost on this thread."""
-    top = _top_hooks(True)
-    return top is not None and getattr(top[0], "__self__", None) is discarder
-
-
-def discarding() -> "Discarder | None":
+def discarding() -> Discarder | None:
     """The context whose hooks see the tensors saved now: the innermost, unless foreign hooks are inside."""
     discarder = innermost()
     return discarder if discarder is not None and has_innermost_hooks(discarder) else None
@@ -50,7 +27,7 @@ def is_active() -> bool:
     return innermost() is not None
 
 
-def innermost() -> "Discarder | None":
+def innermost() -> Discarder | None:
     """The innermost open context. Closed contexts are removed from the list."""
     active = thread.active
     while active:

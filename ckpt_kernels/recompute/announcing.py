@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import fast_path, nodes
-from .active import discarding, has_innermost_hooks, innermost, thread
+from .active import discarding, innermost, thread
 from .announcements import Announced, Announcement, Total
+from .hooks import has_innermost_hooks
 from .recipes import layout_of
 
 

@@ -14,11 +14,12 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from .. import backends
 from . import fast_path, nodes
-from .active import discarding, has_innermost_hooks, innermost, seekers, thread, top_hooks
+from .active import discarding, innermost, thread
 from .announcements import Announced
 from .cells import Cell, Kept, empty_of
 from .discarder import Discarder
 from .entries import Block, Entries, Entry
+from .hooks import has_innermost_hooks, seekers, top_hooks
 from .recipes import LONGEST_CHAIN, Claim, Recipe
 from .rules import GATHERS, KEEPING, PRIVATE_READERS, SAVED_BY, VIEWS, WRITERS
 from .transforms import allow_transforms

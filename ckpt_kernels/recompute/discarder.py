@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from . import fast_path
-from .active import has_innermost_hooks
 from .announcements import Announced, Announcement, Packed, Total, copied_if_sharded, share_memory_with
 from .cells import Cell, Kept, Operand, OuterPacked, Unwritten, is_plain, version_watch
 from .copies import copied_view, note_copy, recipe_of_copy
 from .entries import Block, Entry, watch_of
+from .hooks import has_innermost_hooks
 from .nodes import name_of
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Layout, Recipe, Step, geometry_of, layout_of, recipe_of_step

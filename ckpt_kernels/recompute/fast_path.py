@@ -7,7 +7,7 @@ cases the Python code runs, also after an error in C, so that a recipe that rais
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -15,15 +15,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .cells import Cell
 from .rules import Rule
 
-if TYPE_CHECKING:
-    from .discarder import Discarder
+
+class Packer(Protocol):
+    """What packs saved tensors: a `Discarder`."""
+
+    def pack(self, tensor: Tensor) -> Cell: ...
+
 
 # The module `_thin`, None without the library: see `contexts.use_library`. Its functions `announce(announcement,
 # elementwise, total)` and `record(output)` return False, with nothing done, where Python must do that.
 library: Any = None
 
 
-def packing(discarder: "Discarder") -> Callable[[Tensor], Cell]:
+def packing(discarder: Packer) -> Callable[[Tensor], Cell]:
     """The hook that packs saved tensors: a bound method, whose `__self__` is the discarder."""
     return discarder.pack if library is None else library.packer(discarder)
 
@@ -43,7 +47,7 @@ def biases(module: nn.Module) -> "dict[int, tuple[nn.Parameter, int, int]] | Non
     return None if library is None else library.biases(module)
 
 
-def keeps_result(discarder: "Discarder", node: Any, name: str, rules: Mapping[str, Rule]) -> bool:
+def keeps_result(discarder: Packer, node: Any, name: str, rules: Mapping[str, Rule]) -> bool:
     """Whether there is certainly no recipe for the result, never written to, of a node that saves the result: the usual
     outcome in recurrent loops. False without the library."""
     return library is not None and library.keeps_result(discarder, node, name, rules)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import is_autocast
-from .active import seekers
 from .cells import Absent, Cell, version_watch
+from .hooks import seekers
 from .recipes import Geometry, Layout
 from .rules import Rule
 from .small_operands import SmallOperand

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .active import top_hooks
 from .announcements import Announced, may_be_sharded
 from .biases import Biases
 from .entries import Entries
+from .hooks import top_hooks
 from .layer_boundaries import LayerBoundaries
 from .nodes import next_number
 from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS

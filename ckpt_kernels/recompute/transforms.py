@@ -10,15 +10,14 @@ the function by identity, so the function object stays the same: the generator i
 import contextlib
 import functools
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..saved_tensor_hooks import may_step_aside
-from .active import has_innermost_hooks, thread, top_hooks
-
-if TYPE_CHECKING:
-    from .discarder import Discarder
+from .active import thread
+from .discarder import Discarder
+from .hooks import has_innermost_hooks, top_hooks
 
 _Disabling = Callable[[str], Generator[None, None, None]]
 

@@ -1,0 +1,24 @@
+"""The saved-tensor hooks of the calling thread, of which torch calls only the innermost pair."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+# The threads in which `nodes.results_of_function` unpacks tensors only to learn which node made them: unpacking then
+# returns a placeholder and computes no value. The list stays the same object.
+seekers: list[int] = []
+
+
+def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The innermost saved-tensor hooks of this thread, None where there are none."""
+    return _top_hooks(True)
+
+
+def has_innermost_hooks(owner: object) -> bool:
+    """Whether the innermost hooks of this thread are a method of this object."""
+    top = _top_hooks(True)
+    return top is not None and getattr(top[0], "__self__", None) is owner
