@@ -135,7 +135,7 @@ def test_another_level_holds_for_its_context_alone(products: bool, level: str) -
     state = State(None, products, False)
 
     def options() -> tuple:
-        return state.level, state.is_paused, state._products, state.is_in_layer, state.rules
+        return state.level, state.is_paused, state.is_in_layer, state.rules
 
     before = options()
     with pytest.raises(KeyError), state.at(level):

@@ -15,6 +15,8 @@ from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
 from .small_operands import SmallOperands
 from .stacked_weights import StackedWeights
 
+# The ops that may run again, at the levels where products may; at other levels they are `RULES`.
+_RULES = {"all": RULES_AND_PRODUCTS, "layer": RULES_IN_LAYERS}
 # The same for every context without a module.
 _ANY_BIAS, _NO_STACKED_WEIGHTS = Biases(None), StackedWeights(None)
 
@@ -26,7 +28,6 @@ class State:
     __slots__ = (
         "__weakref__",
         "_boundaries",
-        "_products",
         "all_entries",
         "announced",
         "biases",
@@ -36,6 +37,7 @@ class State:
         "is_closed",
         "is_in_layer",
         "is_paused",
+        "level",
         "may_be_sharded",
         "outer",
         "rules",
@@ -45,7 +47,6 @@ class State:
     )
 
     def __init__(self, module: nn.Module | None, products: bool, temporaries: bool) -> None:
-        self._products = products
         self.temporaries = temporaries
         self.all_entries = Entries()
         self.biases = _ANY_BIAS if module is None else Biases(module)
@@ -59,14 +60,10 @@ class State:
         self.announced: Announced | None = None
         # Whether a tensor is being packed for a recipe, and so does not count as saved by the announced op.
         self.is_apart = False
-        # Within a layer matrix products run again, whatever reads them.
-        self.is_in_layer = False
-        # Whether only outputs recorded earlier are discarded.
-        self.is_paused = False
         self._boundaries = LayerBoundaries()
         self.small_operands = SmallOperands()
         self.held = self._boundaries.held
-        self.rules = RULES_AND_PRODUCTS if products else RULES
+        self._set_level("all" if products else "output")
 
     @contextlib.contextmanager
     def at(self, level: str) -> Iterator[None]:
@@ -74,21 +71,20 @@ class State:
 
         At "block", outputs made within are kept.
         """
-        before = self.is_paused, self._products, self.is_in_layer, self.rules
-        self.is_paused, self._products = level == "block", level in ("all", "layer")
-        self.is_in_layer = level == "layer"
-        self.rules = RULES_IN_LAYERS if self.is_in_layer else RULES_AND_PRODUCTS if self._products else RULES
+        before = self.level
+        self._set_level(level)
         try:
             yield
         finally:
-            self.is_paused, self._products, self.is_in_layer, self.rules = before
+            self._set_level(before)
 
-    @property
-    def level(self) -> str:
-        """The current level, as in `convert`."""
-        if self.is_paused:
-            return "block"
-        return "layer" if self.is_in_layer else "all" if self._products else "output"
+    def _set_level(self, level: str) -> None:
+        self.level = level
+        # Whether only outputs recorded earlier are discarded.
+        self.is_paused = level == "block"
+        # Within a layer matrix products run again, whatever reads them.
+        self.is_in_layer = level == "layer"
+        self.rules = _RULES.get(level, RULES)
 
     def close(self) -> None:
         """Closes the context: recipes live only through their claims, and tensors saved from now on are kept."""
