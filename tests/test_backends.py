@@ -198,7 +198,7 @@ def test_doctor_finds_no_problem_with_the_library() -> None:
     assert "instruction set" in done.stdout and "all is well" in done.stdout
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_of_this_machine(isa: str) -> None:
     program = """
 import torch
@@ -230,7 +230,25 @@ for block in BLOCKS:
 
 def test_an_unknown_instruction_set_is_an_error() -> None:
     done = run("-c", CALL, CKPT_KERNELS_CPU_ISA="sse9")
-    assert "CKPT_KERNELS_CPU_ISA is 'sse9'; expected generic, avx2 or avx512" in done.stderr
+    assert "CKPT_KERNELS_CPU_ISA is 'sse9'; expected generic, avx2, avx512 or avx512_bf16" in done.stderr
+
+
+def test_bfloat16_instructions_round_as_the_other_sets() -> None:
+    """Ties, denormals, infinities and NaNs, of which the instruction itself would lose denormals and payloads."""
+    program = """
+import torch
+from ckpt_kernels import functional as F
+bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+every = bits.view(torch.bfloat16)
+scale = torch.tensor([1.0, 1.00390625, 0.333, 1e-4, -3e-39], dtype=torch.bfloat16)
+products = [F.glu(s.expand_as(every).contiguous(), every, activation="identity") for s in scale]
+print(torch.stack(products).view(torch.int16).long().mul(bits.long() + 1).sum().item())
+"""
+    found = {isa: run("-c", program, CKPT_KERNELS_CPU_ISA=isa) for isa in ("generic", "avx512", "avx512_bf16")}
+    if "which this processor lacks" in found["avx512_bf16"].stderr:
+        pytest.skip("this processor lacks avx512_bf16")
+    assert len({done.stdout for done in found.values()}) == 1, found
+    assert all(done.returncode == 0 for done in found.values()), found
 
 
 @pytest.mark.skipif(not list(PACKAGE.glob("_C_cuda.*so")), reason="the CUDA library is not built here")

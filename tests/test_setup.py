@@ -117,7 +117,7 @@ def test_libraries_are_found_with_any_systems_suffix(name: str, tmp_path: pathli
     assert library("_C_cuda", tmp_path) is None
 
 
-@pytest.mark.parametrize("source", ["isa_generic", "isa_avx512"])
+@pytest.mark.parametrize("source", ["isa_generic", "isa_avx512", "isa_avx512_bf16"])
 @pytest.mark.parametrize("compiler", ["g++", "clang++", "aarch64-linux-gnu-g++"])
 def test_the_loops_have_no_warnings(compiler: str, source: str) -> None:
     if shutil.which(compiler) is None:

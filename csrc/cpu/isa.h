@@ -82,6 +82,9 @@ CKPT_LOOPS(CKPT_DECLARE)
 namespace avx512 {
 CKPT_LOOPS(CKPT_DECLARE)
 }
+namespace avx512_bf16 {
+CKPT_LOOPS(CKPT_DECLARE)
+}
 #endif
 #undef CKPT_DECLARE
 

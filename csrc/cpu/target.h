@@ -31,13 +31,20 @@
 #define CKPT_INLINE_BODY __attribute__((always_inline))
 
 // Defines name(kind), which returns the loops of name_for<storage type>(). Float64 loops mainly serve gradient checks,
-// where speed matters little, so only the generic set has them.
+// where speed matters little, so only the generic set has them. A set for bfloat16 alone leaves all other types to
+// AVX-512.
 #if CKPT_VECTOR_BYTES == 16
 #define CKPT_DEFINE_LOOPS(Loops, name)                                                                    \
   const Loops& name(ScalarKind kind) {                                                                    \
     static constexpr Loops loops[] = {name##_for<float>(), name##_for<bfloat16>(), name##_for<float16>(), \
                                       name##_for<double>()};                                              \
     return loops[int(kind)];                                                                              \
+  }
+#elif defined(CKPT_BFLOAT16_ALONE)
+#define CKPT_DEFINE_LOOPS(Loops, name)                                \
+  const Loops& name(ScalarKind kind) {                                \
+    static constexpr Loops loops = name##_for<bfloat16>();            \
+    return kind == ScalarKind::bfloat16 ? loops : avx512::name(kind); \
   }
 #else
 #define CKPT_DEFINE_LOOPS(Loops, name)                                                                     \

@@ -55,7 +55,13 @@ CKPT_INLINE Raw<float>::bits rounded_to_bfloat16(Vec<float> a) {
   bits = bits + 0x7fffu + ((bits >> 16) & 1u);
   return (a.v == a.v) ? bits : Raw<float>::bits{} + 0x7fc00000u;
 }
-CKPT_INLINE Raw<float>::half encode(const bfloat16*, Vec<float> a) { return narrow(rounded_to_bfloat16(a) >> 16); }
+CKPT_INLINE Raw<float>::half encode(const bfloat16*, Vec<float> a) {
+#if defined(CKPT_BFLOAT16_ALONE)
+  // The instruction would make zeros of denormals, and keep the payload of a NaN: the classes of this mask.
+  if (!_mm512_fpclass_ps_mask(a.v, 0xa1)) return Raw<float>::half(_mm512_cvtneps_pbh(a.v));
+#endif
+  return narrow(rounded_to_bfloat16(a) >> 16);
+}
 
 #if CKPT_VECTOR_BYTES == 64
 CKPT_INLINE Vec<float> load(const float16* p, Full<float>) {
