@@ -1,6 +1,7 @@
 """Deep copies of models and of their arguments, also of those that `copy.deepcopy` refuses."""
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,12 +23,16 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def copy_sharing_parameters(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are new objects in the same memory, with gradients and hooks of their own."""
+def copy_sharing_parameters(model: nn.Module, written: Collection[nn.Parameter] = ()) -> nn.Module:
+    """A copy whose parameters are new objects in the same memory, with gradients and hooks of their own.
+
+    The parameters in `written`, which the model's forward writes to, have memory of their own.
+    """
+    copied = set(map(id, written))
     memo: dict[int, Any] = {}
     for module in nn.Module.modules(model):
         for parameter in module._parameters.values():
-            if parameter is not None:
+            if parameter is not None and id(parameter) not in copied:
                 memo[id(parameter)] = _alias(parameter)
     return copy_of(model, memo)
 

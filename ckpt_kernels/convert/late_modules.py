@@ -61,7 +61,8 @@ def module_entries(model: nn.Module) -> list[nn.Module | None]:
     seen: set[nn.Module] = set()
     for module in entries:
         # `seen` ends the loop where a module contains itself.
-        if module is not None and (children := module.__dict__["_modules"]) and module not in seen:
+        # A scripted or traced module holds its modules elsewhere. It is left alone, and so are those.
+        if module is not None and (children := module.__dict__.get("_modules")) and module not in seen:
             seen.add(module)
             entries += children.values()
     return entries

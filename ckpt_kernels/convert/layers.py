@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
 from .attribute_loads import is_set
@@ -99,8 +100,8 @@ def _holds_list(module: nn.Module, seen: set[nn.Module], above: dict[nn.Module, 
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether the module can be called, unlike a list of modules."""
-    return type(module).forward is not nn.Module.forward
+    """Whether the module has a forward in Python, unlike a list of modules, or a scripted or traced module."""
+    return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward
 
 
 def may_not_repeat(module: nn.Module) -> bool:

@@ -1,10 +1,11 @@
 """Runs training steps of the user's model and batch on copies of the model, called twins.
 
-A twin shares the parameters' memory with the model and nothing else, so the model, its gradients and the random number
-generators do not change. Gradients are allocated before a step, as under gradient accumulation, and therefore do not
-count as bytes of the step.
+A twin shares the parameters' memory with the model and nothing else, but for parameters that the model's forward writes
+to. So the model, its gradients and the random number generators do not change. Gradients are allocated before a step,
+as under gradient accumulation, and therefore do not count as bytes of the step.
 """
 
+import contextlib
 import functools
 import random
 import types
@@ -25,6 +26,7 @@ from ..model_copies import copy_sharing_parameters, deep_copied
 from ..nested_values import tensors_in
 from ..runs import Place, is_sharded
 from .marks import Point, Recorder, marking, peak_of
+from .written_parameters import parameters_written_by
 
 Loss = Callable[[Any], Tensor]
 EAGER = "eager"
@@ -144,10 +146,28 @@ class Bench:
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if len({p.device for p in model.parameters()}) > 1:
             raise ValueError("the model is on several devices; expected one")
+        self._written = self._parameters_written()
+
+    def _parameters_written(self) -> list[nn.Parameter]:
+        """Find the parameters that the model's forward writes to."""
+        twin = copy_sharing_parameters(self.model)
+        revert(twin)
+        with self._measuring() as (args, kwargs):
+            written = parameters_written_by(lambda: twin(*args, **kwargs), twin.parameters())
+        shared = {id(alias): own for alias, own in zip(twin.parameters(), self.model.parameters(), strict=True)}
+        return [shared[id(alias)] for alias in written]
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[tuple[tuple, dict[str, Any]]]:
+        """A context for a step, with copies of the model's arguments; random number generators do not change."""
+        with random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
+            memo: dict[int, Any] = {}
+            args = tuple(deep_copied(value, memo) for value in self._inputs[0])
+            yield args, {name: deep_copied(value, memo) for name, value in self._inputs[1].items()}
 
     def twin(self, recompute: Any) -> nn.Module:
         """Return a twin whose layers are marked, converted to `recompute`; None is the model without conversion."""
-        twin = copy_sharing_parameters(self.model)
+        twin = copy_sharing_parameters(self.model, self._written)
         if recompute is None:
             revert(twin)
         else:
@@ -179,10 +199,7 @@ class Bench:
             recorder.is_backward = True
             loss.backward()
 
-        with random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
-            memo: dict[int, Any] = {}
-            args = tuple(deep_copied(value, memo) for value in self._inputs[0])
-            kwargs = {name: deep_copied(value, memo) for name, value in self._inputs[1].items()}
+        with self._measuring() as (args, kwargs):
             # With another seed in each step a model that skips layers at random skips other layers, which
             # `timing.seconds_of` notices.
             if not memory:

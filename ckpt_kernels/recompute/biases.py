@@ -60,14 +60,15 @@ def versions_in(module: nn.Module) -> dict[int, tuple[nn.Parameter, int, int]]:
 
 
 def parameters_in(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a module and of its submodules, without uninitialized lazy ones."""
+    """The parameters of a module and of its submodules, without uninitialized lazy ones, and without those of
+    scripted modules, whose biases are not read by recipes."""
     queue, seen = [module], set()
     for module in queue:
         own = module.__dict__
-        for parameter in own["_parameters"].values():
+        for parameter in own.get("_parameters", {}).values():
             if parameter is not None and (type(parameter) is nn.Parameter or not is_lazy(parameter)):
                 yield parameter
-        children = own["_modules"]
+        children = own.get("_modules")
         if children and module not in seen:
             seen.add(module)
             queue += [child for child in children.values() if child is not None]

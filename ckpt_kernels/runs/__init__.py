@@ -53,9 +53,11 @@ def run_in(
     is_within = thread.within or thread.repeating
     if is_within or not torch.is_grad_enabled() or not hooks._saved_tensors_hooks_is_enabled():
         return inside(*args, **kwargs)
+    # A second pass outside of the differentiation would lack the tangents.
+    if torch.autograd.forward_ad._current_level >= 0:
+        return inside(*args, **kwargs)
     if not are_plain((*args, *kwargs.values())):
         return inside(*args, **kwargs)
-    # In the first call of a lazy layer the tensors have no values yet that a second pass could begin with.
     if (held := held_by(module)) is None:
         return inside(*args, **kwargs)
     allow_transforms()

@@ -17,11 +17,28 @@ class Link(NamedTuple):
     output: int
 
 
-class Input(NamedTuple):
-    """An argument that is kept: the tensor, or an object that an outer context keeps instead."""
+class Input:
+    """An argument that comes from outside of the run, and is kept.
 
-    get: Callable[[], Tensor]
-    requires_grad: bool
+    Args:
+        tensor: the argument in the first pass.
+        get: returns the tensor, or one of the same values that an outer context keeps instead.
+    """
+
+    def __init__(self, tensor: Tensor, get: Callable[[], Tensor]) -> None:
+        self.requires_grad = tensor.requires_grad
+        self._get = get
+        self._is_leaf = tensor.is_leaf
+        # A layer may read attributes that the model has given to the tensor.
+        self._attributes = {} if tensor.is_leaf else dict(vars(tensor))
+
+    def restored(self) -> Tensor:
+        """The argument in the second pass. A leaf, such as a parameter, is the same object as in the first."""
+        if self._is_leaf:
+            return self._get()
+        restored = traced(self._get())
+        vars(restored).update(self._attributes)
+        return restored
 
 
 Source = Link | Input
@@ -83,7 +100,7 @@ class Restored:
     def tensor(self, source: Source) -> Tensor:
         """Return the tensor of a link, or of an input, which is asked for its tensor once."""
         if isinstance(source, Input) and source not in self._tensors:
-            self._tensors[source] = traced(source.get()) if source.requires_grad else source.get()
+            self._tensors[source] = source.restored()
         return self._tensors[source]
 
     def end_call(self, number: int, outputs: Sequence[Tensor]) -> None:

@@ -4,6 +4,7 @@ import collections
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -34,7 +35,11 @@ class Held(NamedTuple):
 
 
 def held_by(layer: nn.Module) -> Held | None:
-    """Return what a layer holds; None if a parameter or buffer is lazy, and so has no value yet."""
+    """Return what a layer holds; None for a layer that must not run again.
+
+    A lazy parameter or buffer has no value yet. A scripted or traced module optimizes its code as it runs, and then
+    saves other tensors.
+    """
     if direct.thin_module is not None:
         found = direct.thin_module.held(layer, CONTAINERS, OF_TORCH, Tensor, generator_types(), NOT_HELD)
         if found is not None:
@@ -49,6 +54,8 @@ def held_by(layer: nn.Module) -> Held | None:
     for module in modules:
         if module in seen:
             continue
+        if isinstance(module, torch.jit.ScriptModule):
+            return None
         seen[module] = None
         parameters += module._parameters.values()
         if module._buffers:

@@ -5,7 +5,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class Run:
         self._kept: list[tuple[weakref.ref[Tensor], Input]] = []
         self.shapes: dict[torch.Size, torch.Size] = {}
         self._lock = threading.RLock()
+        self._has_all_saved = False
 
     def continues_with(self, place: Place, tensors: Sequence[Tensor]) -> bool:
         """Whether a call with these tensors is the next of the run: one that takes an output of the last call."""
@@ -126,18 +127,35 @@ class Run:
             get = discarder.pack(tensor).get
         else:
             get = version_checked(tensor)
-        new_input = Input(get, tensor.requires_grad)
+        new_input = Input(tensor, get)
         self._kept.append((weakref.ref(tensor), new_input))
         return new_input
 
     def repeat(self, waiting: "Saved") -> None:
         """Repeats the calls, and fills the placeholders of all tensors that they saved."""
-        with self._lock, repeating(), torch.enable_grad(), contextlib.suppress(_AllSaved):
+        with self._lock, repeating(), torch.enable_grad(), self._until_all_saved():
             # Another thread may have repeated the run already.
             if waiting.value is not None or waiting.run is not self:
                 return
             with RandomState.kept({call.random for call in self._calls}):
                 self._repeat_calls()
+
+    @contextlib.contextmanager
+    def _until_all_saved(self) -> Iterator[None]:
+        """A context that ends with the last needed tensor."""
+        self._has_all_saved = False
+        try:
+            yield
+        except _AllSaved:
+            pass
+        except RuntimeError:
+            # A scripted module raises an error of its own for an exception within.
+            if not self._has_all_saved:
+                raise
+
+    def _end(self) -> NoReturn:
+        self._has_all_saved = True
+        raise _AllSaved
 
     def _repeat_calls(self) -> None:
         restored = Restored([(*call.args, *call.kwargs.values()) for call in self._calls])
@@ -188,11 +206,11 @@ class Run:
                 if saved.checksum is not None and saved.checksum != checksum_of(tensor):
                     note_difference(call.module)
             if is_last and count == len(waiting):
-                raise _AllSaved
+                self._end()
             return value
 
         if is_last and not waiting:
-            raise _AllSaved
+            self._end()
         with torch.autograd.graph.saved_tensors_hooks(collect, as_is):
             self._run_again(call, number, restored)
         if count != len(waiting):
@@ -212,8 +230,7 @@ class Run:
             if source not in kept:
                 # Outer hooks may unpack only once.
                 tensor = restored.tensor(source)
-                requires_grad = (tensor if isinstance(source, Link) else source).requires_grad
-                kept[source] = Input(version_checked(tensor.detach()), requires_grad)
+                kept[source] = Input(tensor, version_checked(tensor))
             return kept[source]
 
         for call in calls:
@@ -225,7 +242,7 @@ class Run:
                 if (saved := reference()) is not None:
                     saved.run = inner
         if is_last:
-            raise _AllSaved
+            self._end()
         for number, call in enumerate(calls, start):
             with _kept_within() if call.reads_own_graph else torch.autograd.graph.saved_tensors_hooks(_drop, as_is):
                 self._run_again(call, number, restored)

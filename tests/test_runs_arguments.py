@@ -1,0 +1,125 @@
+"""Layers at "checkpoint" that ask what their arguments are: objects, attributes, leaves; and layers that must not run
+again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+
+WIDTH = 6
+
+
+class Layer(nn.Module):
+    """A layer whose function doubles the result where a condition on the arguments holds."""
+
+    def __init__(self, holds: Callable[..., Any]) -> None:
+        super().__init__()
+        self.holds = holds
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.latent = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        y = self.linear(self.norm(x) + other).exp()
+        return y * 2 if self.holds(self, x, other) else y
+
+
+class Net(nn.Module):
+    def __init__(self, holds: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(holds) for _ in range(2))
+
+    def forward(self, x: Tensor, is_leaf: bool) -> Tensor:
+        if not is_leaf:
+            x = x * 1
+            x.is_marked = True
+        for layer in self.layers:
+            x = layer(x, layer.latent)
+        return x
+
+
+CONDITIONS: dict[str, Callable[..., Any]] = {
+    "attribute": lambda layer, x, other: getattr(x, "is_marked", False),
+    "leaf": lambda layer, x, other: x.is_leaf,
+    "parameter": lambda layer, x, other: isinstance(other, nn.Parameter),
+    "own parameter": lambda layer, x, other: other is layer.latent,
+}
+
+
+def gradients(net: nn.Module, *rest: Any) -> list[Tensor]:
+    x = torch.linspace(-1, 1, 3 * WIDTH, dtype=torch.float64).view(3, WIDTH).requires_grad_()
+    return list(torch.autograd.grad(net(x, *rest).sum(), [x, *net.parameters()]))
+
+
+@pytest.mark.parametrize("is_leaf", (True, False))
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_layer_finds_the_arguments_of_the_first_pass(condition: str, is_leaf: bool) -> None:
+    torch.manual_seed(0)
+    net = Net(CONDITIONS[condition]).double()
+    expected = gradients(net, is_leaf)
+    ckpt_kernels.convert(net, recompute={"layers.*": "checkpoint"})
+    torch.testing.assert_close(gradients(net, is_leaf), expected)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(self.norm(x)))
+
+
+def scripted(model: nn.Module) -> nn.Module:
+    return torch.jit.script(model)
+
+
+def traced(model: nn.Module) -> nn.Module:
+    return torch.jit.trace(model, torch.ones(2, WIDTH))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("compiled", (scripted, traced))
+@pytest.mark.parametrize("recompute", ("block", "output", "all", "layer", "inside", "checkpoint"))
+def test_a_scripted_or_traced_module_is_left_alone(compiled: Callable[..., nn.Module], recompute: str) -> None:
+    """`"inside"`: the level by name, of the layers and of the scripted module."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.LayerNorm(WIDTH), compiled(Inner()), nn.Linear(WIDTH, WIDTH)) for _ in range(2)]
+    net = nn.Sequential(*layers)
+    x = torch.linspace(-1, 1, 2 * WIDTH).view(2, WIDTH).requires_grad_()
+    inputs = [x, *net.parameters()]
+    levels: Any = {"inside": {"*": "all"}, "checkpoint": {"0": "checkpoint", "1": "checkpoint"}}.get(
+        recompute, recompute
+    )
+    expected = [torch.autograd.grad(net(x).sum(), inputs) for _ in range(3)]
+    before = [type(module) for module in net.modules()]
+    ckpt_kernels.convert(net, recompute=levels)
+    # TorchScript optimizes the code in the second call.
+    for derived in expected:
+        torch.testing.assert_close(torch.autograd.grad(net(x).sum(), inputs), derived)
+    ckpt_kernels.revert(net)
+    assert [type(module) for module in net.modules()] == before
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_model_that_is_scripted_is_an_error() -> None:
+    with pytest.raises(TypeError, match="model is scripted already; expected one that is not"):
+        ckpt_kernels.convert(torch.jit.script(Inner()))
+
+
+def test_forward_mode_differentiation_of_a_checkpointed_layer() -> None:
+    net = nn.Sequential(Inner(), Inner()).double()
+    x, tangent = torch.linspace(-1, 1, WIDTH, dtype=torch.float64), torch.ones(WIDTH, dtype=torch.float64)
+
+    def derived() -> list[Tensor]:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x.clone().requires_grad_(), tangent)
+            output = torch.autograd.forward_ad.unpack_dual(net(dual))
+            return [output.tangent.detach(), *torch.autograd.grad(output.tangent.sum(), list(net.parameters()))]
+
+    expected = derived()
+    ckpt_kernels.convert(net, recompute={"0": "checkpoint", "1": "checkpoint"})
+    torch.testing.assert_close(derived(), expected)
