@@ -1,11 +1,9 @@
-"""The C fast path of `recompute` builds the same cells and recipes as the Python code."""
+"""The C fast path of `recompute` packs saved tensors in the same cells as the Python code."""
 
 import contextlib
-import gc
 import random
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,72 +12,24 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ckpt_kernels import backends, recompute
 from ckpt_kernels import functional as F
-from ckpt_kernels.recompute import active, announcing, biases, fast_path, hooks
+from ckpt_kernels import recompute
+from ckpt_kernels.recompute import announcing, biases, fast_path
 from ckpt_kernels.recompute.announcements import Announced
 from ckpt_kernels.recompute.cells import Cell, Kept
 from ckpt_kernels.recompute.discarder import Discarder
 from ckpt_kernels.recompute.entries import Block, Entries, Entry
-from ckpt_kernels.recompute.hooks import seekers
 from ckpt_kernels.recompute.provenance import Trace
-from ckpt_kernels.recompute.recipes import LONGEST_CHAIN, Claim, Recipe, geometry_of, layout_of
+from ckpt_kernels.recompute.recipes import Claim, Recipe
 
 from .discarded_outputs import Parameters, model_of_all, random_tensor, same_bits, shows_saved
+from .packed_cells import all_described, cells_of, described, python_only
 from .test_provenance_programs import Square, random_program
 
 pytestmark = [
     pytest.mark.skipif(fast_path.library is None, reason="there is no _thin here"),
     pytest.mark.skipif(not shows_saved, reason="this torch does not show what nodes hold"),
 ]
-
-
-@contextlib.contextmanager
-def python_only() -> Iterator[None]:
-    library, fast_path.library = fast_path.library, None
-    try:
-        yield
-    finally:
-        fast_path.library = library
-
-
-def nodes_of(output: Tensor) -> list[Any]:
-    waiting, seen = [output.grad_fn], set()
-    for node in waiting:
-        if node not in seen:
-            seen.add(node)
-            waiting += [before for before, _ in node.next_functions if before is not None]
-    return waiting
-
-
-def cells_of(output: Tensor) -> list[tuple[str, str, Cell]]:
-    """All cells in the autograd graph of a tensor, each with the names of the node and of the attribute."""
-    found = []
-    for node in nodes_of(output):
-        for name in sorted(name for name in dir(node) if name.startswith("_raw_saved")):
-            held = getattr(node, name)
-            for saved in held if isinstance(held, tuple) else [held]:
-                if saved is not None and isinstance(saved.data, Cell):
-                    found.append((node.name(), name, saved.data))
-    return found
-
-
-def described(cell: Cell) -> list[Any]:
-    """The state of a cell, comparable between cells that C and Python made."""
-    content, watch = cell.content, cell.watch
-    found = [type(content), content.depth, cell.version, cell.is_clone, cell.is_unwritten(), type(cell.attached)]
-    found += [type(watch), None if watch is None else (watch.numel(), watch._version)]
-    if isinstance(content, Kept):
-        found += [content.version, content.is_plain, content.tensor.shape, content.tensor.stride()]
-        found += [content.tensor.requires_grad, content.tensor is watch]
-    if isinstance(content, Claim):
-        found += [content.geometry, content.served, content.made, len(content.recipe.claims)]
-        found += [[type(o) for o in content.recipe.operands]]
-    return found
-
-
-def all_described(output: Tensor) -> list[Any]:
-    return [(node, name, described(cell)) for node, name, cell in cells_of(output)]
 
 
 def model_of_casts(x: Tensor, p: Parameters) -> Tensor:
@@ -336,266 +286,6 @@ def test_the_library_needs_classes_with_slots() -> None:
         library.packer(3)
 
 
-CHANGES: dict[str, Callable[[Tensor], Any]] = {
-    "a write": lambda t: t.detach().mul_(2),
-    "freed memory": lambda t: t.untyped_storage().resize_(0),
-    "other data": lambda t: setattr(t, "data", torch.zeros_like(t)),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_weight_is_the_same_error(change: str) -> None:
-    def run() -> list[Any]:
-        x, weight = random_tensor(4, 32).requires_grad_(), nn.Parameter(random_tensor(32, 32))
-        with recompute.discard_outputs():
-            output = TF.linear(F.layer_norm(x * 1, 32), weight).sum()
-        CHANGES[change](weight)
-        try:
-            return [g.tolist() for g in torch.autograd.grad(output, (x, weight))]
-        except RuntimeError as error:
-            return [str(error)]
-
-    found = run()
-    with python_only():
-        assert found == run()
-    assert (len(found) == 1) == (change != "other data")
-
-
-class Made:
-    """A recipe for a tensor of 4 x 4, unpacked by C or by Python, which records how it runs."""
-
-    def __init__(self, make: Callable[[Tensor], Tensor] = Tensor.clone, start: int = 0) -> None:
-        self.make = make
-        self.runs: list[tuple[str, bool, bool]] = []
-        whole = random_tensor(4, 4)
-        self.recipe = Recipe(self.rebuild, [Kept(whole, True), None], 1, layout_of(whole))
-        self.claim = Claim(self.recipe, geometry_of(whole[start:]))
-        self.cell = Cell(self.claim, None, 0, None)
-
-    def rebuild(self, kept: Tensor, nothing: None) -> Tensor:
-        self.runs.append((backends.chosen(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
-        return self.make(kept)
-
-    def unpacked(self, unpack: Callable[[Cell], Tensor]) -> Any:
-        try:
-            found = unpack(self.cell)
-        except RuntimeError as error:
-            return str(error)
-        return found.dtype, found.tolist(), geometry_of(found), found.is_inference(), found.requires_grad, self.runs
-
-
-AROUND: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
-    "nothing": contextlib.nullcontext,
-    "gradients": torch.enable_grad,
-    "inference": torch.inference_mode,
-    "another backend": lambda: backends.serving("reference"),
-}
-
-
-@pytest.mark.parametrize("around", AROUND)
-def test_recipes_run_as_in_python(around: str) -> None:
-    in_c, in_python = Made(), Made()
-    with torch.no_grad(), AROUND[around]():
-        found, expected = in_c.unpacked(fast_path.library.unpack), in_python.unpacked(lambda cell: cell.get())
-    assert found == expected
-    assert in_c.runs == [(backends.chosen(), False, False)]
-
-
-@pytest.mark.parametrize("start", (0, 1))
-@pytest.mark.parametrize(
-    "make",
-    (
-        Tensor.clone,
-        lambda kept: kept.t().contiguous().t(),
-        lambda kept: torch.cat([kept[:1], kept])[1:],
-        Tensor.double,
-        lambda kept: kept[:2].clone(),
-    ),
-    ids=("as it was", "other strides", "an offset", "another dtype", "another shape"),
-)
-def test_tensors_made_again_are_laid_out_as_in_python(make: Callable[[Tensor], Tensor], start: int) -> None:
-    with torch.no_grad():
-        found = Made(make, start).unpacked(fast_path.library.unpack)
-        expected = Made(make, start).unpacked(lambda cell: cell.get())
-    assert found == expected
-
-
-def test_an_interrupt_in_a_recipe_is_raised() -> None:
-    def interrupted(kept: Tensor) -> Tensor:
-        raise KeyboardInterrupt
-
-    made = Made(interrupted)
-    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
-        fast_path.library.unpack(made.cell)
-    assert len(made.runs) == 1
-
-
-def test_only_the_thread_that_seeks_identities_gets_no_values() -> None:
-    made, own = Made(), threading.get_ident()
-    with torch.no_grad():
-        seekers.append(own)
-        try:
-            assert fast_path.library.unpack(made.cell).numel() == 0 and not made.runs
-        finally:
-            seekers.remove(own)
-        seekers.append(own + 1)
-        try:
-            assert fast_path.library.unpack(made.cell).numel() == 16 and made.runs
-        finally:
-            seekers.remove(own + 1)
-
-
-@pytest.mark.parametrize("is_first_gone", (False, True))
-def test_two_claims_are_served_by_one_run(is_first_gone: bool) -> None:
-    made = Made()
-    cells = [made.cell, Cell(Claim(made.recipe, made.claim.geometry), None, 0, None)]
-    found: list[Tensor] = []
-
-    def unpack(gradient: Tensor) -> None:
-        found.append(fast_path.library.unpack(cells[0]))
-        if is_first_gone:
-            del cells[0], made.cell, made.claim
-        found.append(fast_path.library.unpack(cells[-1]))
-
-    x = torch.ones(1, requires_grad=True)
-    x.register_hook(unpack)
-    (x * 1).backward()
-    assert len(made.runs) == 1 and same_bits(*found)
-
-
-def test_no_announcement_outlives_its_op() -> None:
-    def count() -> int:
-        gc.collect()
-        return sum(type(each) is Announced for each in gc.get_objects())
-
-    before = count()
-    with recompute.discard_outputs():
-        h = random_tensor(4, 8).requires_grad_()
-        for _ in range(3):
-            h = F.layer_norm(h, 8)
-        assert count() == before
-    assert count() == before
-
-
-@pytest.mark.parametrize("depth", (LONGEST_CHAIN, LONGEST_CHAIN + 1))
-def test_the_length_of_chains_is_that_of_python(depth: int) -> None:
-    with recompute.discard_outputs():
-        h = F.layer_norm(random_tensor(4, 8).requires_grad_(), 8)
-        discarder = active.thread.active[-1]
-        h.grad_fn.recomputed_block.entry.recipe().depth = depth
-        found, expected = fast_path.library.packer(discarder)(h), discarder.pack(h)
-    assert type(found.content) is type(expected.content) is (Kept if depth > LONGEST_CHAIN else Claim)
-
-
-def test_a_context_that_another_thread_closed_removes_its_hooks() -> None:
-    context = recompute.discard_outputs()
-    context.__enter__()
-    thread = threading.Thread(target=context.__exit__, args=(None, None, None))
-    thread.start()
-    thread.join()
-    assert hooks.top_hooks() is not None
-    x = random_tensor(4).requires_grad_()
-    _ = x * x
-    assert hooks.top_hooks() is None
-
-
-def test_a_noted_operand_needs_no_recipe() -> None:
-    """A small shift, which a product made: the recipe of the sum copies the shift."""
-    x, weight = random_tensor(64, 32).requires_grad_(), random_tensor(32, 32, seed=1).requires_grad_()
-    small = random_tensor(1, 32, seed=2)
-    for context in (contextlib.nullcontext(), python_only()):
-        with context, recompute.discard_outputs():
-            h, shift = F.layer_norm(x, 32), small @ weight
-            total = h + shift
-            announcing.note(total, h, shift)
-            read = TF.linear(total, weight)
-            assert Claim in [type(cell.content) for name, _, cell in cells_of(read) if name == read.grad_fn.name()]
-
-
-class Announcing(torch.autograd.Function):
-    """Announces a recipe for the first result of `compute`, and saves so many tensors; with -1, the result."""
-
-    @staticmethod
-    def forward(ctx: Any, compute: Callable[..., Tensor], saved: int, total: Any, *tensors: Tensor) -> Tensor:
-        output = compute(*tensors)
-        second = None if total is None else (tensors[0], (compute, tensors))
-        announcing.announce((compute, tensors), False, second)
-        ctx.save_for_backward(*(tensors[:saved] if saved >= 0 else [output]))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
-        raise NotImplementedError
-
-
-def doubled(x: Tensor, *others: Tensor) -> Tensor:
-    return x * 2
-
-
-def last_rows(x: Tensor, *others: Tensor) -> Tensor:
-    return torch.cat([x, x * 2])[x.shape[0] :]
-
-
-def foreign_hooks() -> contextlib.AbstractContextManager:
-    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-
-
-# The function, the number of saved tensors, whether there is a second result, and a change of the context.
-ANNOUNCED: dict[str, tuple[Callable[..., Tensor], int, Any, dict[str, bool]]] = {
-    "usual": (doubled, 1, None, {}),
-    "offset": (last_rows, 1, None, {}),
-    "empty": (lambda x, *others: (x * 2)[:0], 1, None, {}),
-    "nothing saved": (doubled, 0, None, {}),
-    "the result is saved": (doubled, -1, None, {}),
-    "several processes": (doubled, 1, None, {"may_be_sharded": True}),
-    "closed": (doubled, 1, None, {"is_closed": True}),
-    "paused": (doubled, 1, None, {"is_paused": True}),
-    "a total": (doubled, 1, True, {}),
-    "a total in a layer": (doubled, 1, True, {"is_in_layer": True}),
-}
-
-
-OTHERS: dict[str, Callable[[Tensor, Tensor], Sequence[Tensor]]] = {
-    "none": lambda x, weight: (),
-    "a leaf": lambda x, weight: (weight,),
-    "a product": lambda x, weight: (x @ weight,),
-    "a small product": lambda x, weight: (x @ weight[:, :1],),
-    "a block's output": lambda x, weight: (F.layer_norm(x, 8),),
-    "a view": lambda x, weight: (x.t(),),
-}
-
-
-@pytest.mark.parametrize("inside", (contextlib.nullcontext, foreign_hooks, torch.no_grad))
-@pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize("case", ANNOUNCED)
-def test_announcements_equal_pythons(case: str, other: str, inside: Callable[[], Any]) -> None:
-    """With another operand, which nothing saves."""
-    compute, saved, total, options = ANNOUNCED[case]
-
-    def run() -> list[Any]:
-        x, weight = random_tensor(8, 8).requires_grad_(), random_tensor(8, 8, seed=1).requires_grad_()
-        with recompute.discard_outputs():
-            discarder = active.thread.active[-1]
-            given = [x, *OTHERS[other](x, weight)]
-            for name, value in options.items():
-                setattr(discarder, name, value)
-            with inside():
-                output = Announcing.apply(compute, saved, total, *given)
-                announced = discarder.announced
-                found = [None if announced is None else (len(announced.saved), type(announced.total))]
-                announcing.record(output)
-            block = getattr(output.grad_fn, "recomputed_block", "none")
-            recipe = block.entry.recipe() if isinstance(block, Block) else block
-            found += [discarder.announced, type(recipe), len(discarder.all_entries), discarder in active.thread.active]
-            if isinstance(recipe, Recipe):
-                found += [recipe.depth, recipe.layout, [type(operand) for operand in recipe.operands]]
-        return found
-
-    found = run()
-    with python_only():
-        assert found == run()
-
-
 def tensors() -> dict[str, Tensor]:
     """Tensors of many kinds by name."""
     x = random_tensor(4, 4).requires_grad_()
@@ -651,23 +341,6 @@ def test_inference_tensors_are_the_same_error() -> None:
     for pack in (fast_path.library.packer(discarder), discarder.pack):
         with pytest.raises(RuntimeError, match="Inference tensors do not track version counter"):
             pack(tensor)
-
-
-def test_versions_of_biases_equal_pythons() -> None:
-    shared = nn.Linear(4, 4)
-    module = nn.Sequential(
-        shared, nn.BatchNorm1d(4), nn.ModuleList([shared, nn.Sequential(nn.Linear(4, 4, bias=False))])
-    )
-    module.register_parameter("nothing", None)
-    shared.bias.data = shared.bias.data.clone()
-    with torch.no_grad():
-        shared.bias.add_(1)
-    found, expected = fast_path.biases(module), biases.versions_in(module)
-    assert found == expected is not None and len(expected) == 3
-    assert fast_path.biases(nn.Linear(2, 2, bias=False)) == {}
-    module.append(nn.LazyLinear(3))
-    assert fast_path.biases(module) is None
-    assert fast_path.biases(object()) is None
 
 
 def test_objects_made_in_c_have_every_slot() -> None:
