@@ -1,6 +1,7 @@
 """Layers at "checkpoint" that ask what their arguments are: objects, attributes, leaves; and layers that must not run
 again."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_kernels
+from ckpt_kernels.check import check
 
 WIDTH = 6
 
@@ -102,6 +104,18 @@ def test_a_scripted_or_traced_module_is_left_alone(compiled: Callable[..., nn.Mo
         torch.testing.assert_close(torch.autograd.grad(net(x).sum(), inputs), derived)
     ckpt_kernels.revert(net)
     assert [type(module) for module in net.modules()] == before
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("compiled", (scripted, traced))
+def test_a_model_with_a_scripted_or_traced_module_is_measured_and_planned(compiled: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(Inner(), compiled(Inner()), nn.Linear(WIDTH, WIDTH)) for _ in range(2)))
+    x = torch.randn(4, WIDTH)
+    assert check(copy.deepcopy(model), (x,)).changed == []
+    assert ckpt_kernels.convert(copy.deepcopy(model), inputs=x).kept is not None
+    ckpt_kernels.plan(model, x, budget=None, progress=lambda line: None).apply()
+    model(x).sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")

@@ -57,7 +57,7 @@ def initialized_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def check_initialized(model: nn.Module) -> None:
     """Raises ValueError if a parameter or buffer is lazy: a model with such tensors cannot be copied."""
     for name, module in named_modules(model):
-        for key, tensor in (module._parameters | module._buffers).items():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and is_lazy(tensor):
                 place = f"{name}.{key}" if name else key
                 raise ValueError(f"{place} is a lazy parameter; expected the model to be called once before")

@@ -244,10 +244,17 @@ _EXPECTED = "expected a file that Plan.save wrote"
 def structure_of(model: nn.Module) -> str:
     """Return a digest of the names, classes and shapes of a model's modules and parameters.
 
-    A converted model has the same digest as the original.
+    A converted model has the same digest as the original. A scripted or traced module counts without its class and the
+    modules inside, which a copy may lack.
     """
     digest = hashlib.sha256()
+    scripted: set[str] = set()
     for name, module in named_modules(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            scripted.add(name)
+            continue
+        if not scripted.isdisjoint(itertools.accumulate(name.split("."), "{}.{}".format)):
+            continue
         shapes = [(key, tuple(p.shape)) for key, p in module._parameters.items() if p is not None]
         digest.update(repr((name, original_of(module).__qualname__, shapes)).encode())
     return digest.hexdigest()
