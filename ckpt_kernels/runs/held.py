@@ -23,7 +23,7 @@ class Held(NamedTuple):
 
     Attributes:
         parameters: the parameters.
-        buffers: each buffer, with the module that it belongs to.
+        buffers: each buffer, and each tensor without a graph among the attributes, with the module it belongs to.
         generators: the generators of torch, Python and numpy among the modules' attributes.
         states: the state of the modules.
     """
@@ -65,6 +65,7 @@ def held_by(layer: nn.Module) -> Held | None:
         own = vars(module).values()
         if not _OTHER_TYPES.issuperset(map(type, own)):
             generators += [value for value in own if isinstance(value, generator_types())]
+            buffers += [(value, module) for value in own if isinstance(value, Tensor) and value.grad_fn is None]
     initialized = [parameter for parameter in parameters if parameter is not None]
     found = Held(initialized, buffers, generators, ModuleStates(list(seen), initialized, copies_of(list(seen))))
     return None if _is_any_lazy(found.parameters) or _is_any_lazy([buffer for buffer, _ in buffers]) else found

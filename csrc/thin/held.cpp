@@ -72,7 +72,7 @@ class Walk {
         if (!append(list, pair ? pair.get() : value)) return failed;
       }
     }
-    if (!add_copy(attributes_, own.get(), true)) return failed;
+    if (!add_copy(attributes_, own.get(), true, module)) return failed;
     for (Py_ssize_t i = 0; i < PyTuple_Size(container_names_); ++i) {
       PyObject* name = PyTuple_GetItem(container_names_, i);
       PyObject* container = PyDict_GetItemWithError(own.get(), name);
@@ -88,8 +88,9 @@ class Walk {
     return Owned(values && is_plain_dict(values) ? PyDict_Values(values) : nullptr);
   }
 
-  // Appends a dict and a copy, without values that may hold a graph if the dict may have such. False after an error.
-  bool add_copy(const Owned& list, PyObject* dict, bool may_have_graphs) {
+  // Appends a dict and a copy, without values that may hold a graph if the dict may have such. Tensors among the
+  // attributes of `owner` count as buffers. False after an error.
+  bool add_copy(const Owned& list, PyObject* dict, bool may_have_graphs, PyObject* owner = nullptr) {
     const Owned copy = PyDict_Size(dict) == 0 ? shared(nothing_.get()) : Owned(PyDict_Copy(dict));
     if (!copy || !append(list, dict) || !append(list, copy.get())) return false;
     bool is_whole = true;
@@ -100,7 +101,10 @@ class Walk {
       const int is_of_torch = PySet_Contains(of_torch_, name);
       const Answer holds = is_of_torch < 0 ? failed : is_of_torch ? no : may_hold_graph(value);
       if (holds == failed) return false;
-      if (holds == no) continue;
+      if (holds == no) {
+        if (owner && !is_of_torch && !append(buffers_, Owned(PyTuple_Pack(2, value, owner)).get())) return false;
+        continue;
+      }
       // Only the value of a present name changes, so the iteration may continue.
       if (PyDict_SetItem(copy.get(), name, not_held_) != 0) return false;
       is_whole = false;
@@ -137,8 +141,8 @@ PyObject* held(PyObject*, PyObject* const* objects, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"held", CKPT_FAST(held),
-     "held(layer, containers, of_torch, tensor, generator, any): the modules, parameters, (buffer, module) and "
-     "generators of a layer, and for the state of the modules dicts with their copies: the attributes, those under "
+     "held(layer, containers, of_torch, tensor, generator, any): the modules, parameters, (buffer, module) also for "
+     "tensors without a graph among the attributes, and generators of a layer, and for the state of the modules dicts with their copies: the attributes, those under "
      "the names `containers`, and the dicts whose copies have `any` for a value that may hold a graph, under a name "
      "not in `of_torch`. None where Python must decide."},
     {nullptr, nullptr, 0, nullptr},
