@@ -1,4 +1,4 @@
-"""The list of results of a guarded call, in the code of a rewritten method: the results, and last whether there are any.
+"""The list that a guarded call in a rewritten method returns: the results, and last whether there are any.
 
 Each use pops an item off the list, so that no name holds a tensor longer than in the original method.
 """

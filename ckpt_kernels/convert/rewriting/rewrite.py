@@ -41,8 +41,8 @@ from .native_sites import native_site
 from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
 from .reader import Match, Reader
 from .replacements import FUNCTION_TYPES, exchanging, replacement_for
-from .roles import MethodRoles, Role, Roles, tried_act
 from .result_list import condition_of, next_result
+from .roles import MethodRoles, Role, Roles, tried_act
 from .run_lines import loaded_early, passed
 from .run_matching import RunMatch, run_matches
 from .templates import guarded_call
