@@ -212,6 +212,6 @@ RETURNS: tuple[str, ...] = (
     "return ModelOutput(last=$x, other=$y, nothing=None)",
     "outs = ()\nouts += ($x,)\nouts = outs + ([$y], 'text')\nreturn outs",
     "return [value for value in ($x, $y)]",
-    "return $e.square().mean(), $x",
+    "return ($e).square().mean(), $x",
     "return $x.abs().mean(-1), $x.shape",
 )
