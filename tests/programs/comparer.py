@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# The words of a difference in values alone.
+OFF_BY = "are off by"
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorSnapshot:
@@ -113,7 +116,7 @@ def _of_tensors(eager: TensorSnapshot, other: TensorSnapshot, tolerance: Toleran
     largest = max(one.abs().max().item(), 0.1 * tolerance.scale)
     off = (one - two).abs().max().item()
     if off > tolerance.of(eager.dtype) * largest:
-        yield f"{at}: values of up to {largest:.3g} are off by {off:.3g}"
+        yield f"{at}: values of up to {largest:.3g} {OFF_BY} {off:.3g}"
 
 
 def _short(value: Any) -> str:
