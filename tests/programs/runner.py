@@ -54,22 +54,22 @@ class Result:
 def run(program: Program, level: str, folder: Path, convert: Convert = ckpt_kernels.convert) -> Result:
     """Runs both twins until they differ. The source is written to a file in `folder` and imported from there.
 
-    Where large values cancel, twins may differ by no more than rounding: a program passes too if they agree coarsely,
-    and closely in float64.
+    Where large values cancel, twins may differ by no more than rounding: a program passes too if they agree closely in
+    float64, which autocast leaves as it is, and coarsely otherwise.
     """
     # With early stop, a checkpoint recomputes up to the last saved tensor. A fused call saves its last tensor earlier
     # than eager torch, so later side effects would happen once for one twin and twice for the other.
     with _one_thread(), set_checkpoint_early_stop(False):
         result = _run(program, level, folder, convert)
         if result.differences and all(OFF_BY in line for line in result.differences):
-            coarse = _run(program, level, folder, convert, is_coarse=True)
+            coarse = _run(program, level, folder, convert, cancels=True)
             with _float64():
                 wide = _run(program, level, folder, convert)
             result = result if coarse.differences or wide.differences else coarse
         return result
 
 
-def _run(program: Program, level: str, folder: Path, convert: Convert, is_coarse: bool = False) -> Result:
+def _run(program: Program, level: str, folder: Path, convert: Convert, cancels: bool = False) -> Result:
     path = folder / f"program_{program.seed}_{next(_numbers)}.py"
     text = program.text
     if torch.get_default_dtype() == torch.float64:
@@ -97,7 +97,7 @@ def _run(program: Program, level: str, folder: Path, convert: Convert, is_coarse
             if one["raised"]:
                 result.raised.append(one["raised"])
             is_lenient = one["raised"].startswith("backward") and not two["raised"]
-            found = _compared(one, two, program.coarse or is_coarse)
+            found = _compared(one, two, program, cancels)
             if not is_lenient:
                 result.differences += itertools.chain(*found.values())
                 continue
@@ -113,14 +113,15 @@ def _run(program: Program, level: str, folder: Path, convert: Convert, is_coarse
     return result
 
 
-def _compared(one: dict[str, Any], two: dict[str, Any], is_coarse: bool) -> dict[str, list[str]]:
+def _compared(one: dict[str, Any], two: dict[str, Any], program: Program, cancels: bool) -> dict[str, list[str]]:
     """All differences between the snapshots of the twins after a step, by the name of the snapshot."""
     found = {}
     scale = max([1.0, *(g.value.abs().max().item() for g in one["gradients"].values() if g and g.value.numel())])
     for name, value in one.items():
         # Hooks log gradients in the globals.
         backward = name in ("gradients", "globals")
-        tolerance = Tolerance(is_coarse, scale if backward else 1.0, backward)
+        coarse = program.coarse or cancels
+        tolerance = Tolerance(coarse, scale if backward else 1.0, backward, cancels and program.coarse)
         if name != "gradients" or not one["raised"]:
             found[name] = list(differences(snapshot(value), snapshot(two[name]), tolerance, name))
     return {name: lines for name, lines in found.items() if lines}
