@@ -186,3 +186,4 @@ def test_the_second_batch_has_other_values() -> None:
             if not one.is_floating_point():
                 assert torch.equal(one.flatten().sort().values, other.flatten().sort().values)
     assert another_batch((mask,))[0] is mask
+    assert another_batch((ids,))[0].tolist() == [[2, 3, 1, 2]]

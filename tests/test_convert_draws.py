@@ -64,6 +64,10 @@ class Sampler:
         self.draw = draw
 
 
+def scaling(draw: Callable[[], float]) -> Callable[..., Tensor]:
+    return lambda module, args, output: output * draw()
+
+
 def named(name: str, value: Any) -> Callable[[nn.Module], None]:
     return lambda layer: setattr(layer, name, value)
 
@@ -73,6 +77,7 @@ DRAWING: dict[str, tuple[type[Layer], Callable[[Any], Any]]] = {
     "a decorated method": (ByHelper, lambda layer: None),
     "an import": (ByImport, lambda layer: None),
     "a hook": (Layer, lambda layer: layer.register_forward_hook(lambda module, args, output: scaled(output))),
+    "a closure": (Layer, lambda layer: layer.register_forward_hook(scaling(numpy.random.rand))),
     "a hook inside": (Layer, lambda layer: layer.act.register_forward_pre_hook(lambda *_: random.random() and None)),
     "a forward of an instance": (Layer, lambda layer: setattr(layer.act, "forward", scaled)),
     "the module": (Layer, named("noise", random)),
