@@ -46,6 +46,15 @@ class Runs(nn.Module):
         y = self.act(y)
         return self.up(y)
 
+    def in_a_loop(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            h = self.down(self.gate(x))
+            x = self.norm(x + h)
+        if x.dim() > 1:
+            h = self.norm(x)
+            h = self.act(h)
+        return h
+
     def gated(self, x: Tensor) -> Tensor:
         gate = self.act(self.gate(x))
         value = self.up(x)
@@ -60,7 +69,7 @@ class Runs(nn.Module):
         return y
 
 
-HOW = ("residual", "sum_kept", "norm_and_act", "gated", "halves")
+HOW = ("residual", "sum_kept", "norm_and_act", "in_a_loop", "gated", "halves")
 
 
 def lines_of(model: nn.Module, x: Tensor, how: str) -> list[int]:

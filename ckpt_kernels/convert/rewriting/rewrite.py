@@ -211,7 +211,7 @@ class _Rewriter:
         captured = {id(operand.tree): next_result() for operand in match.captured}
         original = self._with_notes(replaced(match.root, captured))
         condition = self._has_computed(match, match.root)
-        return ast.copy_location(ast.IfExp(condition, next_result(), original), match.root)
+        return at(match.root, ast.IfExp(condition, next_result(), original))
 
     def _with_notes(self, tree: Any) -> Any:
         """A copy with noted operators, but without fused calls, whose results would replace the captured operands."""
