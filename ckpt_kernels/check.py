@@ -24,13 +24,13 @@ from .model_copies import copy_of
 from .model_errors import Errors, beyond_rounding, errors_of, lowest_precision
 from .model_state import different, state_of, types_in
 from .model_steps import (
+    another_batch,
     call,
     draws_random_numbers,
     each_of,
     in_double,
     outputs_of,
     projection,
-    reordered,
     seconds_of_step,
     step,
 )
@@ -104,11 +104,11 @@ class Check:
 def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns: int = 5) -> Check:
     """Runs copies of `model` on `inputs`, one unchanged and one converted. The model itself stays unchanged.
 
-    Each copy runs twice, the second time on a batch with the samples in another order. The numbers of both runs are
-    compared with those of a float64 copy with the same random numbers: of the outputs, and of the gradients of a random
-    projection of the outputs. The errors in the table are those of the first run. They are measured in evaluation mode
-    if the model draws random numbers in training mode. Times are medians of `turns` steps of each copy, taken
-    alternately.
+    Each copy runs twice, the second time on a batch with the samples in another order, or with other values where that
+    is the same batch (a batch of one sample). The numbers of both runs are compared with those of a float64 copy with
+    the same random numbers: of the outputs, and of the gradients of a random projection of the outputs. The errors in
+    the table are those of the first run. They are measured in evaluation mode if the model draws random numbers in
+    training mode. Times are medians of `turns` steps of each copy, taken alternately.
 
     Args:
         model: a module.
@@ -144,7 +144,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     before = state_of(twin)
     report = convert(twin, recompute=recompute)
     changed = [f"convert itself changed {name}" for name in different(before, state_of(twin))]
-    batches = (inputs, reordered(inputs))
+    batches = (inputs, another_batch(inputs))
     truths = _truths(plain, batches)
     runs, states = [], []
     for which in (plain, twin):
@@ -230,7 +230,10 @@ def _from_same_seeds(run: Callable[[], Any]) -> tuple[Any, list[Any]]:
         if numpy:
             numpy.random.seed(0)
         result = run()
-        return result, [torch.get_rng_state().tolist(), random.getstate(), numpy and list(numpy.random.get_state()[1])]
+        of_numpy = (
+            [part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()] if numpy else []
+        )
+        return result, [torch.get_rng_state().tolist(), random.getstate(), of_numpy]
 
 
 def _compared(theirs: tuple, ours: tuple) -> Iterator[str]:

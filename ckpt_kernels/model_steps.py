@@ -65,10 +65,14 @@ def draws_random_numbers(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def each_of(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
-    """The inputs after `change` of each."""
-    if isinstance(inputs, Mapping):
-        return {key: change(value) for key, value in inputs.items()}
-    return tuple(map(change, inputs))
+    """The inputs after `change` of each, also of those in lists, tuples and dicts."""
+
+    def changed(value: Any) -> Any:
+        if type(value) is dict:
+            return {key: changed(item) for key, item in value.items()}
+        return type(value)(map(changed, value)) if type(value) in (list, tuple) else change(value)
+
+    return changed(dict(inputs) if isinstance(inputs, Mapping) else inputs)
 
 
 def in_double(value: Any) -> Any:
@@ -76,6 +80,31 @@ def in_double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def reordered(inputs: Inputs) -> Inputs:
-    """The same batch with its samples in another order."""
-    return each_of(inputs, lambda value: value.flip(0) if isinstance(value, Tensor) and value.dim() else value)
+def another_batch(inputs: Inputs) -> Inputs:
+    """A batch of the same sizes and with other values, which a model that takes the first batch takes too.
+
+    The samples of each tensor are in the opposite order. Where that is the same tensor, as for a single sample, the
+    values move by one along the next dimension; so integers and masks keep their values. If all tensors are still the
+    same, floating-point values are scaled by 0.5 to 1, and zeros replaced by such numbers. A batch that has only
+    integers of one value stays as it is.
+    """
+    another = each_of(inputs, _reordered)
+    pairs = zip(tensors_in(inputs), tensors_in(another), strict=True)
+    return another if any(not torch.equal(*pair) for pair in pairs) else each_of(inputs, _scaled)
+
+
+def _reordered(value: Any) -> Any:
+    """A tensor with its samples, or the values of each sample, in another order, if there is one; any other value."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    orders = (value.roll(1, dimension) if dimension else value.flip(0) for dimension in range(value.dim()))
+    return next((order for order in orders if not torch.equal(order, value)), value)
+
+
+def _scaled(value: Any) -> Any:
+    """A floating-point tensor with other values; any other value as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    factors = torch.linspace(0.5, 1.0, max(value.numel(), 2), dtype=value.dtype, device=value.device)[: value.numel()]
+    factors = factors.view(value.shape)
+    return torch.where(value == 0, factors, value * factors)

@@ -1,13 +1,19 @@
 """`check` and the command `convert-check`."""
 
 import random
+from collections.abc import Callable
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
+import ckpt_kernels
 from ckpt_kernels.check import check
 from ckpt_kernels.cli import main
+from ckpt_kernels.model_steps import another_batch
+from ckpt_kernels.nested_values import tensors_in
 
 from .conftest import DEVICE
 from .conversion import WIDTH, mlps, random_tensor
@@ -102,3 +108,82 @@ def test_numbers_of_the_second_call_are_compared(noise: float) -> None:
         ("outputs", "call 2"),
         ("gradients", "call 2"),
     ]
+
+
+class Counts(nn.Module):
+    """Counts its calls in a buffer and in an attribute, and returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("steps", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        self.steps += 1
+        return self.linear(self.norm(x)), None
+
+
+def second(model: nn.Module, output: Any) -> Any:
+    return (output[0] * 1.01, None) if model.calls > 1 else output
+
+
+# What each faulty conversion does after a call, and a part of the message.
+FAULTS: dict[str, tuple[Callable[[nn.Module, Any], Any], str]] = {
+    "none": (lambda model, output: output, ""),
+    "a buffer": (lambda model, output: (model.steps.add_(1), output)[1], "steps is another afterwards"),
+    "an attribute": (lambda model, output: (setattr(model, "calls", 9), output)[1], "calls is another afterwards"),
+    "torch's generator": (
+        lambda model, output: (torch.rand(()), output)[1],
+        "random numbers are drawn otherwise, call 1",
+    ),
+    "Python's generator": (lambda model, output: (random.random(), output)[1], "random numbers are drawn otherwise"),
+    "numpy's generator": (lambda model, output: (numpy.random.rand(), output)[1], "random numbers are drawn otherwise"),
+    "the type of the output": (lambda model, output: list(output), "returns"),
+    "a dtype": (lambda model, output: (output[0].double(), None), "output 0 is torch.float64"),
+    "the numbers": (lambda model, output: (output[0] * 1.01, None), "outputs are other numbers"),
+    "the numbers from the second call on": (second, "call 2"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("rows", (1, 16))
+def test_faulty_conversions_are_found(fault: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    after, message = FAULTS[fault]
+
+    def faulty(model: nn.Module, recompute: str) -> Any:
+        report = ckpt_kernels.convert(model, recompute=recompute)
+        kind = type(model)
+        model.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, x: after(self, kind.forward(self, x))})
+        return report
+
+    monkeypatch.setattr("ckpt_kernels.check.convert", faulty)
+    torch.manual_seed(0)
+    found = check(Counts().to(DEVICE), (random_tensor(rows, WIDTH),), turns=1)
+    assert any(message in change for change in found.changed) if message else not found.changed, found.changed
+    if fault == "the numbers from the second call on":
+        assert all(change.endswith("call 2") for change in found.changed)
+
+
+def test_the_second_batch_has_other_values() -> None:
+    ids, mask = torch.tensor([[3, 1, 2, 2]]), torch.ones(1, 4, dtype=torch.bool)
+    for first in (
+        (torch.randn(4, 8),),
+        (torch.randn(8),),
+        {"one sample": torch.randn(1, 8), "flag": True, "time": torch.tensor(3)},
+        {"equal samples": torch.randn(1, 1, 8).expand(4, 3, 8)},
+        {"ids": ids, "mask": mask, "nested": [torch.randn(1, 2), {"none": None}]},
+        (torch.zeros(1, 8), ids[:, 2:]),
+        (torch.full((), 3.0), mask),
+        [torch.randn(3, 4, 4)],
+    ):
+        second = another_batch(first)
+        pairs = list(zip(tensors_in(first), tensors_in(second), strict=True))
+        assert type(first) is type(second) and any(not torch.equal(one, other) for one, other in pairs)
+        for one, other in pairs:
+            assert one.shape == other.shape and one.dtype == other.dtype
+            if not one.is_floating_point():
+                assert torch.equal(one.flatten().sort().values, other.flatten().sort().values)
+    assert another_batch((mask,))[0] is mask
+    assert another_batch((ids,))[0].tolist() == [[2, 3, 1, 2]]

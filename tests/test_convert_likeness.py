@@ -46,6 +46,72 @@ class Halved(nn.LayerNorm):
         return super().forward(h.half()).type(h.dtype) * h.norm()
 
 
+class CosGate(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        first, second = h.chunk(2, -1)
+        return torch.cos(first) * second
+
+
+class CubedGate(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        first, second = h.chunk(2, dim=-1)
+        return first * first * first * second.to(first)
+
+
+class GateOfTwo(nn.Module):
+    def forward(self, h: Tensor, other: Tensor) -> Tensor:
+        return torch.cos(h) * other
+
+
+class PartsActivation(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        first, second = h.chunk(2, -1)
+        return torch.cat((torch.relu(first), second), -1)
+
+
+class Rms(nn.Module):
+    eps = 1e-6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class PropertyNorm(Rms):
+    @property
+    def eps(self) -> float:
+        return 1e-6
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class HeadsNorm(Rms):
+    def forward(self, h: Tensor) -> Tensor:
+        h = h.transpose(0, -1).transpose(0, -1)
+        return h / (1e-6 + h.square().mean(-1, keepdim=True))
+
+
+class MatrixNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH, WIDTH))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h / h.norm(dim=-1, keepdim=True) @ self.weight
+
+
+OPTIONS = {"scale": 2.0}
+
+
+class OptionsNorm(Rms):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h) * OPTIONS["scale"]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     (
@@ -58,6 +124,14 @@ class Halved(nn.LayerNorm):
         (SnakeActivation, "has parameters"),
         (HighwayGate, "looks like a gate"),
         (Experts, "looks like experts"),
+        (CosGate, "names cos"),
+        (CubedGate, "computes none of our gates"),
+        (GateOfTwo, "takes more than one tensor"),
+        (PartsActivation, "names cat"),
+        (PropertyNorm, "computes eps by a property"),
+        (HeadsNorm, "computes what none of our row norms computes"),
+        (MatrixNorm, "has other parameters than"),
+        (OptionsNorm, "reads an object of type dict, which may change"),
         (lambda: Halved(WIDTH), "names half"),
         (nn.Tanh, "nothing to gain"),
         (lambda: nn.SiLU(inplace=True), "writes over its input"),
@@ -87,3 +161,54 @@ def test_unselected_modules_have_no_reason() -> None:
 def test_a_model_of_products_has_nothing_to_explain() -> None:
     report = ckpt_kernels.convert(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
     assert not report.left_alone and "it has no norm, activation" in str(report)
+
+
+class Decides(Rms):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h) if (h[0] > 0).all() else h
+
+
+class Counted(Rms):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(h)
+
+
+class Raises(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h.view(-1, 7)
+
+
+class Draws(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.rand_like(h)
+
+
+class Split(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return CosGate.forward(self, h)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "words"),
+    (
+        (Decides, "norm", "names all"),
+        (Counted, "input_layernorm", "buffers"),
+        (Counted, "ln_1", "buffers"),
+        (Raises, "act", "computes with view"),
+        (Draws, "activation_fn", "rand_like"),
+        (Draws, "gelu2", "rand_like"),
+        (Split, "gate", ""),
+    ),
+)
+def test_modules_that_were_tried_are_explained_by_their_name(kind: type[nn.Module], name: str, words: str) -> None:
+    model = nn.ModuleDict({name: kind(), "block": nn.ModuleDict({name: kind()}), "other": kind()})
+    model["weights"] = nn.ModuleDict({"gate": nn.Linear(WIDTH, 2), "norm": nn.Identity(), "act": nn.Embedding(2, 2)})
+    report = ckpt_kernels.convert(model)
+    assert not report.replaced
+    assert [entry.name for entry in report.left_alone] == [name, f"block.{name}"]
+    assert all(words in entry.reason and entry.kind == kind.__name__ for entry in report.left_alone)

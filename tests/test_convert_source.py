@@ -42,7 +42,9 @@ class Forward(nn.Module):
     def sizes(self, h: Tensor) -> Tensor:
         rows = torch.zeros(h.shape[0], WIDTH, device=h.device) + torch.arange(h.shape[0], device=h.device)[:, None]
         padded = F.pad(self.mlp(h), (h.shape[0], 0))
-        return padded[:, h.shape[0] :] + rows + torch.tensor(h.shape[0], device=h.device)
+        rows = rows + self.norm.weight.expand(h.shape[0], -1) + F.interpolate(rows[None], size=WIDTH)[0]
+        resized = F.interpolate(h[None, None], size=(h.shape[0], WIDTH), mode="bilinear")[0, 0]
+        return padded[:, h.shape[0] :] + rows + resized + torch.tensor(h.shape[0], device=h.device)
 
     def checkpointed(self, h: Tensor) -> Tensor:
         return self.norm(h + checkpoint(self.mlp, h, use_reentrant=False))
@@ -198,6 +200,35 @@ def test_changed_attributes_are_read() -> None:
         for step in range(20):
             module.epoch = step
     torch.testing.assert_close(model(random_tensor(3, WIDTH)), twin(random_tensor(3, WIDTH)))
+
+
+def test_a_fused_forward_stays_fused_while_attributes_change() -> None:
+    model, twin = twins(lambda: Forward("mlp"))
+    ckpt_kernels.convert(model, recompute="all")
+    fewest = kept(model, random_tensor(64, WIDTH))
+    for step in range(40):
+        for module in (model, twin):
+            module.epoch = module.act.step = module.first.scale = step
+        torch.testing.assert_close(model(random_tensor(3, WIDTH)), twin(random_tensor(3, WIDTH)))
+        assert kept(model, random_tensor(64, WIDTH)) == fewest < kept(twin, random_tensor(64, WIDTH))
+
+
+@pytest.mark.parametrize("recompute", ("block", "output", "all"))
+def test_a_classifier_of_transformers_chooses_its_loss_in_the_call(recompute: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=11, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=INNER
+    )
+    model, twin = twins(lambda: transformers.BertForSequenceClassification(config).eval())
+    ckpt_kernels.convert(model, recompute=recompute)
+    assert model.config.problem_type is None
+    ids, labels = torch.arange(10, device=DEVICE).view(2, 5), torch.tensor([0, 1], device=DEVICE)
+    ours, theirs = (module(ids, labels=labels) for module in (model, twin))
+    assert model.config.problem_type == twin.config.problem_type == "single_label_classification"
+    assert type(ours) is type(theirs) and isinstance(ours, transformers.utils.ModelOutput)
+    for name in ("loss", "logits"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+        assert getattr(ours, name) is ours[name]
 
 
 def test_patched_methods_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ckpt_kernels
+from ckpt_kernels.convert import Report
+
 from .programs import run, write
-from .programs.actions import LEVELS
+from .programs.actions import LEVELS, Step
+from .programs.grammar import Program
 
 CHUNKS, EACH = 20, 15
 
@@ -114,3 +118,35 @@ def test_faulty_conversions_are_detected(wrong: str, tmp_path: Path) -> None:
 
     results = (run(write(seed), "output", tmp_path, convert) for seed in range(40))
     assert any(message in difference for result in results for difference in result.differences)
+
+
+_WRITES_TO_A_SUM = """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.last = nn.RMSNorm(8), nn.Linear(8, 8, bias=False)
+        self.shift, self.writes = nn.Parameter(torch.full((8,), 0.3)), True
+
+    def forward(self, x):
+        h = self.norm(x) + self.shift
+        if self.writes:
+            h *= h
+        return self.last(h)
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("factor", (1.0, 1.01))
+def test_an_error_of_eager_torch_alone_leaves_no_gradients(factor: float, tmp_path: Path) -> None:
+    steps = [Step("model(x)", 3), Step("model.writes = False"), Step("model(x)", 3)]
+
+    def convert(model: nn.Module, recompute: str) -> Report:
+        report = ckpt_kernels.convert(model, recompute=recompute)
+        if factor != 1.0:
+            _changed(model.last, lambda self, h: factor * super(type(self), self).forward(h))
+        return report
+
+    result = run(Program(0, _WRITES_TO_A_SUM, (8,), tuple(steps)), "output", tmp_path, convert)
+    assert result.lenient and result.raised == ["backward RuntimeError"]
+    # Without a fault all steps are taken; a fault is found in the lenient step itself.
+    assert bool(result.differences) == (factor != 1.0) and result.step == str(steps[0 if result.differences else 2])

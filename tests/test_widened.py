@@ -199,3 +199,12 @@ def test_rotations_by_float32_tables_keep_what_narrow_tables_keep(level: str) ->
         sizes.append(kept(model, x))
     # Twice the bytes of the tables.
     assert sizes[1] <= sizes[0] + HALF
+
+
+def test_without_gradients_a_written_view_of_several_is_read_as_in_torch() -> None:
+    model, twin = twins(lambda: nn.Sequential(nn.GELU()))
+    ckpt_kernels.convert(model)
+    _, half = (random_tensor(ROWS, WIDTH).requires_grad_() * 1).chunk(2, -1)
+    with torch.no_grad():
+        half.view(half.shape).add_(1)
+        torch.testing.assert_close(model(half), twin(half))

@@ -43,7 +43,8 @@ def widened(copy: Tensor) -> Tensor:
 
 def is_widened(input: Tensor) -> bool:
     """Whether a tensor is a float32 copy of a 16-bit tensor, which a block keeps for the gradient in 16 bits."""
-    # A compiler cannot trace nodes.
-    if input.dtype is not torch.float32 or torch.compiler.is_compiling() or input.grad_fn is None:
+    # A compiler cannot trace nodes. Without gradients torch reads no node either: to read that of one of several views
+    # whose base was written to is an error.
+    if input.dtype is not torch.float32 or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() and _is_copy(input)
+    return input.grad_fn is not None and _is_copy(input)

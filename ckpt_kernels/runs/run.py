@@ -2,9 +2,10 @@
 
 import contextlib
 import copy
+import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -39,6 +40,7 @@ class Run:
         self._links: dict[int, tuple[weakref.ref[Tensor], int | None, Link]] = {}
         self._kept: list[tuple[weakref.ref[Tensor], Input]] = []
         self.shapes: dict[torch.Size, torch.Size] = {}
+        self._may_draw: Callable[[], bool] = lambda: True
         self._lock = threading.RLock()
         self._has_all_saved = False
 
@@ -137,7 +139,10 @@ class Run:
             # Another thread may have repeated the run already.
             if waiting.value is not None or waiting.run is not self:
                 return
-            with RandomState.kept({call.random for call in self._calls}):
+            # Answered anew each time, because modules change, and only if needed.
+            calls = self._calls
+            self._may_draw = functools.cache(lambda: any(call.may_draw_globally() for call in calls))
+            with RandomState.kept({call.random for call in self._calls}, self._may_draw):
                 self._repeat_calls()
 
     @contextlib.contextmanager
@@ -250,7 +255,8 @@ class Run:
     def _run_again(self, call: Call, number: int, restored: Restored) -> None:
         """Repeats a call for its outputs."""
         args, kwargs = restored.argument(call.args), restored.argument(call.kwargs)
-        restored.end_call(number, call.repeat(args, kwargs, alone=len(self._calls) == 1))
+        alone = len(self._calls) == 1
+        restored.end_call(number, call.repeat(args, kwargs, alone, self._may_draw))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# The words of a difference in values alone.
+OFF_BY = "are off by"
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorSnapshot:
@@ -57,16 +60,18 @@ def _kind(value: Any) -> str:
 class Tolerance:
     """The allowed difference of values, relative to the largest in their tensor.
 
-    `scale` is the magnitude of the terms where values cancel, which determines the rounding errors.
+    `scale` is the magnitude of the terms where values cancel, which determines the rounding errors. `coarse`: some
+    values were computed in 16 bits. `cancels`: some of these values may cancel.
     """
 
     coarse: bool
     scale: float = 1.0
     gradients: bool = False
+    cancels: bool = False
 
     def of(self, dtype: torch.dtype) -> float:
         if self.coarse or dtype in (torch.bfloat16, torch.float16):
-            return 1e-1 if self.gradients else 3e-2
+            return (1e-1 if self.gradients else 3e-2) * (5 if self.cancels else 1)
         # A float64 value may be a cast of a value that was computed in float32.
         return 1e-5 if dtype == torch.float64 else 1e-4
 
@@ -113,7 +118,7 @@ def _of_tensors(eager: TensorSnapshot, other: TensorSnapshot, tolerance: Toleran
     largest = max(one.abs().max().item(), 0.1 * tolerance.scale)
     off = (one - two).abs().max().item()
     if off > tolerance.of(eager.dtype) * largest:
-        yield f"{at}: values of up to {largest:.3g} are off by {off:.3g}"
+        yield f"{at}: values of up to {largest:.3g} {OFF_BY} {off:.3g}"
 
 
 def _short(value: Any) -> str:

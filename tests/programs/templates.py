@@ -31,7 +31,7 @@ CHILDREN: dict[str, tuple[str, ...]] = {
         "nn.BatchNorm1d(8, momentum=None)",
         "nn.BatchNorm1d(8, affine=False)",
         "nn.BatchNorm1d(8, track_running_stats=False)",
-        "nn.GroupNorm(4, 8)",
+        "nn.GroupNorm(4, 8, eps=0.1)",  # of pairs, which a small eps makes as steep as a step
     ),
     "act": (
         "nn.GELU()",
@@ -145,7 +145,7 @@ EXPRESSIONS: tuple[str, ...] = (
     "F.rms_norm($x, (8,), self.gain)",
     "F.rms_norm($x, (8,), eps=1e-6)",
     "F.group_norm($x, 2)",
-    "F.silu(F.group_norm($x, 4, self.gain, self.shift))",
+    "F.silu(F.group_norm($x, 4, self.gain, self.shift, 0.1))",
     "F.batch_norm($x, None, None, training=True)",
     "F.batch_norm($x, self.mean, self.var, self.gain, training=self.training)",
     "F.relu(F.batch_norm($x, self.mean, self.var, training=False))",
@@ -212,6 +212,6 @@ RETURNS: tuple[str, ...] = (
     "return ModelOutput(last=$x, other=$y, nothing=None)",
     "outs = ()\nouts += ($x,)\nouts = outs + ([$y], 'text')\nreturn outs",
     "return [value for value in ($x, $y)]",
-    "return $e.square().mean(), $x",
+    "return ($e).square().mean(), $x",
     "return $x.abs().mean(-1), $x.shape",
 )

@@ -38,6 +38,7 @@ _ALLOWED = FUNCTION_NAMES.union(
     movedim mul neg nn normalize normalized_shape permute pi pow rms_norm rsqrt shape size sqrt square std sub sum to
     torch transpose type type_as unsqueeze var view weight""".split()
 )
+_METHOD_TYPES = types.FunctionType | staticmethod | classmethod | functools.partial
 # The methods of a user's `autograd.Function`, both of which are read.
 _METHODS = ("forward", "backward")
 # The attributes of such a class: `_backward_cls` is torch's, all others but the methods are Python's.
@@ -132,7 +133,10 @@ class CodeReader:
         if is_torch_callable(function) and not own:
             return
         if not has_type(function, types.FunctionType):
-            name = getattr(function, "__name__", f"an object of type {type(function).__name__}")
+            kind = type(function).__name__
+            if not callable(function):
+                raise NotTriable(f"reads an object of type {kind}, which may change")
+            name = getattr(function, "__name__", f"an object of type {kind}")
             raise NotTriable(f"calls {name}, which is no function of Python's or torch's")
         for cell in function.__closure__ or ():
             value = cell_value(cell, MISSING)
@@ -258,7 +262,9 @@ class CodeReader:
             definers = [owner for owner in owners if name in vars(owner)]
             for owner in definers:
                 member = vars(owner)[name]
-                if is_plain(member):
+                if has_type(member, property | functools.cached_property):
+                    raise NotTriable(f"computes {name} by a property")
+                if not has_type(member, _METHOD_TYPES):
                     raise NotTriable(f"reads {name} of its class")
                 self.read_function(member, own=True)
             if definers:

@@ -39,14 +39,14 @@ from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
 from .native_sites import native_site
 from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
-from .reader import Match, Operand, Reader
+from .reader import Match, Reader
 from .replacements import FUNCTION_TYPES, exchanging, replacement_for
+from .result_list import condition_of, next_result
 from .roles import MethodRoles, Role, Roles, tried_act
+from .run_lines import loaded_early, passed
 from .run_matching import RunMatch, run_matches
 from .templates import guarded_call
 
-# The private name of the list of results.
-_RESULTS = f"{PREFIX}results"
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -136,20 +136,22 @@ class _Rewriter:
 
     def _fused_statements(self, match: Match, norm: ast.expr | None, statements: Sequence[ast.stmt]) -> ast.stmt:
         """The replacement for a run: see `run_matching.RunMatch`."""
-        results = {id(match.root): _next_result()} | ({} if norm is None else {id(norm): _next_result()})
+        results = {id(match.root): next_result()} | ({} if norm is None else {id(norm): next_result()})
+        passing = passed(statements[1:-1]) if norm is None else []
         computed = [replaced(statement, results) for statement in (statements[-1:] if norm is None else statements)]
-        captured = {id(operand.tree): _next_result() for operand in match.captured}
+        captured = {id(operand.tree): next_result() for operand in match.captured}
         original = [replaced(statement, captured) for statement in statements]
-        return self._if_computed(self._has_computed(match), computed, original)
+        first: Any = statements[0]
+        return self._if_computed(self._has_computed(match, first.value), passing + computed, original)
 
     def _gate_statements(self, gate: TriedGate, run: GateRun, block: Block) -> ast.stmt:
         """The replacement for a run that is a gate."""
         original: list[Any] = block.statements[run.begin : run.end + 1]
         arguments: list[ast.expr] = [ast.Name(name, ast.Load()) for name in (self.scope.self_name, run.packed)]
-        condition = _condition(ast.Call(self._cell(gate_at_site(gate)), arguments, []))
+        condition = condition_of(ast.Call(self._cell(gate_at_site(gate)), arguments, []))
         self.descriptions.append(str(gate))
-        computed = replaced(original[-1], {id(original[-1].value): _next_result()})
-        return self._if_computed(at(original[0], condition), [computed], original)
+        computed = replaced(original[-1], {id(original[-1].value): next_result()})
+        return self._if_computed(at(original[0], condition), [*passed(original[1:-1]), computed], original)
 
     def _if_computed(self, condition: ast.expr, computed: list[ast.stmt], original: list[ast.stmt]) -> ast.stmt:
         """The `computed` statements if the fused call computes, else the original ones."""
@@ -206,9 +208,10 @@ class _Rewriter:
         return at(tree, ast.Call(self._cell(noted.noted_operator(compute)), [tree.left, tree.right], []))
 
     def _fused_expression(self, match: Match) -> ast.expr:
-        captured = {id(operand.tree): _next_result() for operand in match.captured}
+        captured = {id(operand.tree): next_result() for operand in match.captured}
         original = self._with_notes(replaced(match.root, captured))
-        return ast.copy_location(ast.IfExp(self._has_computed(match), _next_result(), original), match.root)
+        condition = self._has_computed(match, match.root)
+        return at(match.root, ast.IfExp(condition, next_result(), original))
 
     def _with_notes(self, tree: Any) -> Any:
         """A copy with noted operators, but without fused calls, whose results would replace the captured operands."""
@@ -218,8 +221,11 @@ class _Rewriter:
             return tree
         return self._noted(with_changed_children(tree, self._with_notes))
 
-    def _has_computed(self, match: Match) -> ast.expr:
-        """The condition that makes the guarded call, after the native call if the site has one."""
+    def _has_computed(self, match: Match, begins: ast.expr) -> ast.expr:
+        """The condition that makes the guarded call, after the native call if the site has one.
+
+        `begins` is the expression that is evaluated first, in whose line the calls are made.
+        """
         pattern, attempt = match.pattern, match.attempt
         options = attempt.options.copy()
         if "recompute" in pattern.parameters:
@@ -227,17 +233,21 @@ class _Rewriter:
         captured = [operand.name for operand in match.captured]
         formula = attempt.act if attempt.act.kind == "formula" else None
         function = guarded_call(pattern, captured, options, formula, tried_act(attempt.act))
-        keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
-        condition = _condition(ast.Call(self._cell(function), [], keywords))
+        keywords = [ast.keyword(operand.name, self._operand(operand.tree, begins)) for operand in match.operands]
+        condition = condition_of(ast.Call(self._cell(function), [], keywords))
         self.descriptions.append(attempt.description(pattern))
         if (native := native_site(match, self.scope.self_name, options)) is not None:
             native_call, arguments = native
-            native_condition = _condition(ast.Call(self._cell(native_call), arguments, []))
+            loads = [self._operand(argument, begins) for argument in arguments]
+            native_condition = condition_of(ast.Call(self._cell(native_call), loads, []))
             condition = ast.BoolOp(ast.Or(), [native_condition, condition])
-        return at(match.root, condition)
+        return at(begins, condition)
 
-    def _operand(self, operand: Operand) -> ast.expr:
-        return operand.tree if self.reader.is_plain(operand.tree) else self._rewrite(operand.tree)
+    def _operand(self, tree: ast.expr, begins: ast.expr) -> ast.expr:
+        if not self.reader.is_plain(tree):
+            return self._rewrite(tree)
+        is_there = not hasattr(tree, "lineno") or any(node is tree for node in ast.walk(begins))
+        return tree if is_there else loaded_early(tree, begins, self._cell(getattr))
 
     # Callees
 
@@ -275,8 +285,8 @@ class _Rewriter:
         return at(callee, ast.Call(self._cell(mapping), [callee], []))
 
     def _cell(self, value: Any) -> ast.expr:
-        """A new closure variable with this value."""
-        name = f"{PREFIX}{len(self.cells)}"
+        """A closure variable with this value."""
+        name = next((name for name, known in self.cells.items() if known is value), f"{PREFIX}{len(self.cells)}")
         self.cells[name] = value
         return ast.Name(name, ast.Load())
 
@@ -284,14 +294,3 @@ class _Rewriter:
 def _rank(candidate: RunMatch) -> tuple[int, int]:
     """Larger patterns come first, and then longer runs."""
     return PATTERNS.index(candidate.match.pattern), candidate.begin - candidate.end
-
-
-def _condition(call: ast.Call) -> ast.expr:
-    """An expression that binds the results of a guarded call, and pops the last: whether the call has computed."""
-    named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
-    return ast.Call(ast.Attribute(named, "pop", ast.Load()), [], [])
-
-
-def _next_result() -> ast.expr:
-    """An expression that pops the next result."""
-    return ast.Call(ast.Attribute(ast.Name(_RESULTS, ast.Load()), "pop", ast.Load()), [], [])

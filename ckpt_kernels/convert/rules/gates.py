@@ -149,24 +149,50 @@ def outline_of_method(
 
     `tree` is the source of a method that was made of a part of another one, and so is in no file.
     """
-    kind = type(module)
-    if has_finalizer(kind) or not may_be_gate(method, 1):
+    if not may_be_gate(method, 1):
         return None
     try:
-        reader = _read(module, method, tree)
+        outline = _outline(module, method, tree)
     except NotTriable:
         return None
-    outline = GateOutline(tuple(sorted(reader.settings.items())), tuple(sorted(reader.activations.items())))
+    return None if gate_of_method(type(module), method, outline, tree) is None else outline
+
+
+def _outline(module: nn.Module, method: types.FunctionType, tree: ast.FunctionDef | None = None) -> GateOutline:
+    """The parts of the module that a method reads. Raises `NotTriable`."""
+    kind = type(module)
+    if has_finalizer(kind):
+        raise NotTriable("has a finalizer, which a trial would run")
+    reader = _read(module, method, tree)
     if not loads_plainly(kind, *reader.settings) or not only_instances_define(kind, *reader.activations):
-        return None
-    return None if gate_of_method(kind, method, outline, tree) is None else outline
+        raise NotTriable("loads its attributes by code of its class")
+    return GateOutline(tuple(sorted(reader.settings.items())), tuple(sorted(reader.activations.items())))
 
 
-@memoized
+def why_no_gate(module: nn.Module) -> str:
+    """Why a module whose forward takes parts of a tensor is no gate of ours; "" for any other module."""
+    kind: Any = type(module)
+    if not may_be_gate(kind.forward, 1):
+        return ""
+    try:
+        result = _tried_method(kind, kind.forward, _outline(module, kind.forward))
+    except NotTriable as error:
+        return str(error)
+    return result if isinstance(result, str) else ""
+
+
 def gate_of_method(
     kind: type[nn.Module], method: types.FunctionType, outline: GateOutline, tree: ast.FunctionDef | None = None
 ) -> TriedGate | None:
     """The gate that a method of modules of that class computes, by a trial with a stand-in."""
+    result = _tried_method(kind, method, outline, tree)
+    return None if isinstance(result, str) else result
+
+
+@memoized
+def _tried_method(
+    kind: type[nn.Module], method: types.FunctionType, outline: GateOutline, tree: ast.FunctionDef | None = None
+) -> TriedGate | str:
     module = bare_module(kind, outline.settings)
     module._modules.update((child, _Activation(activation)) for child, activation in outline.activations)
     return _tried(module, method, lambda packed: method(module, packed), outline, tree)
@@ -177,7 +203,8 @@ def gate_of_function(function: Any) -> TriedGate | None:
     """The gate that a function of a file computes; None for any other value."""
     if not may_be_gate(function, 0) or not is_importable(function):
         return None
-    return _tried(nn.Module(), function, function, GateOutline((), ()))
+    result = _tried(nn.Module(), function, function, GateOutline((), ()))
+    return None if isinstance(result, str) else result
 
 
 def _read(module: nn.Module, function: types.FunctionType, tree: ast.FunctionDef | None = None) -> _GateReader:
@@ -193,13 +220,16 @@ def _tried(
     compute: Callable[[Tensor], Tensor],
     outline: GateOutline,
     tree: ast.FunctionDef | None = None,
-) -> TriedGate | None:
+) -> TriedGate | str:
+    """The gate that a method or a function computes, or why none."""
     try:
         reader = _read(module, read, tree)
         trial = gate_by_trial(compute, reader.numbers)
-    except NotTriable:
-        return None
-    return None if trial is None else TriedGate(trial, outline, reader.snapshot(plain_loads(type(module))))
+    except NotTriable as error:
+        return str(error)
+    if trial is None:
+        return "computes none of our gates"
+    return TriedGate(trial, outline, reader.snapshot(plain_loads(type(module))))
 
 
 def gated(gate: TriedGate, method: Callable[..., Any]) -> Callable[..., Any]:

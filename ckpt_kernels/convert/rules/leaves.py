@@ -8,6 +8,7 @@ from ..forward_contexts import ForwardContext
 from ..report import LeftAlone, Replaced
 from ..selection import Selection
 from ..swap import NotSwapped, may_be_swapped, swap
+from .gates import why_no_gate
 from .norm_trials import norm_of
 from .norms import RowNorm
 from .pointwise import pointwise_of
@@ -30,9 +31,10 @@ class LeafConverter:
         if isinstance(module, torch.jit.ScriptModule):
             return
         rule: Rule | None
-        rule, reason = norm_of(module)
-        if rule is None and not reason:
-            rule, reason = pointwise_of(module)
+        rule, reason = norm_of(module, name)
+        if rule is None:
+            rule, why_not = pointwise_of(module, name)
+            reason = reason or (why_not and (why_no_gate(module) or why_not))
         if rule is None:
             if reason:
                 self.leave(name, module, reason)

@@ -1,5 +1,5 @@
-"""Guesses from class names that a module is a norm, an activation or a gate. Only the report uses these guesses, to
-explain why such a module was left alone."""
+"""Guesses from the names of classes and attributes that a module is a norm, an activation or a gate. Only the report
+uses these guesses, to explain why such a module was left alone."""
 
 import re
 
@@ -16,6 +16,10 @@ ACTIVATIONS = tuple(
 )
 _NAMED_ACTIVATION = re.compile(r"(lu\d?|act|activation|swish|mish)$", re.IGNORECASE)
 _NAMED_GATE = re.compile(r"^gate|Gat(e|ed|ing)(?![a-z])|glu(?![a-z])|_gate|GLU")
+_NAMED_ATTRIBUTE = re.compile(
+    r"norm|lu\d*$|swish|mish|(^|_)(ln|bn|gn|act|activation|nonlinearity|gate)(_?(fn|func|function|layer|\d+))*$",
+    re.IGNORECASE,
+)
 _NAMED_EXPERTS = re.compile(r"expert|moe(?![a-z])", re.IGNORECASE)
 
 
@@ -30,6 +34,11 @@ def looks_like_activation(module: nn.Module) -> bool:
     name = type(module).__name__
     named = _NAMED_ACTIVATION.search(name) or _NAMED_GATE.search(name)
     return (named is not None or isinstance(module, ACTIVATIONS)) and not children_of(module)
+
+
+def is_named_like_one(name: str) -> bool:
+    """Whether a module's name in a model, such as "layers.0.norm1", is that of a norm, an activation or a gate."""
+    return any(_NAMED_ATTRIBUTE.search(part) for part in name.split(".")[-1:])
 
 
 def looks_like_several(module: nn.Module) -> str:

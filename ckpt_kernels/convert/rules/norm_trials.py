@@ -25,7 +25,7 @@ from ..code.snapshots import NotTriable
 from ..module_tree import children_of, tensors_of
 from ..operands import has_forward_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
-from .likeness import NORMS, looks_like_norm
+from .likeness import NORMS, is_named_like_one, looks_like_norm
 from .norm_accuracy import are_as_exact, are_close
 from .norm_inputs import ROW_DIMENSIONS, input_shapes, spatial_dimensions
 from .norms import Case, Dtypes, Norm, RowNorm
@@ -59,6 +59,7 @@ _OURS = tuple(getattr(ours, kind.__name__) for kind in _RULES)
 # The smallest values tried. F.normalize, which bounds the norm at 1e-12 where an eps would be added, agrees with ours
 # above.
 _SMALLEST = 1e-8
+_OTHER = "computes what none of our row norms computes"
 # The functions and methods with a reduction that the code of a norm may name.
 _REDUCTIONS = frozenset("layer_norm mean norm normalize rms_norm std sum var".split())
 # Parameters in float32 and float64 are random over so many powers of two above and below 1.
@@ -73,37 +74,40 @@ _OTHERS: tuple[Dtypes, ...] = (
 )
 
 
-def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
-    """The rule for the norm that a module computes, and ""; or None, and a reason if the module looks like a norm."""
+def norm_of(module: nn.Module, name: str = "") -> tuple[Norm | None, str]:
+    """The rule for the norm that a module computes, and ""; or None, and a reason if the module looks like a norm, or
+    has been tried and has the name of one in the model."""
     if isinstance(module, _OURS):
         return None, ""
     for kind, rule in _RULES.items():
         if isinstance(module, kind) and has_forward_of(type(module), kind):
             is_plain = loads_plainly(type(module), *_READ)
             return (rule, "") if is_plain else (None, "computes the settings that its forward reads")
-    if not _may_be_row_norm(module):
-        return None, "computes what none of our row norms computes" if looks_like_norm(module) else ""
+    if why_not := _why_no_trial(module):
+        return None, why_not if looks_like_norm(module) else ""
     try:
         result = _tried(outline_of(module, every_dtype=True))
     except NotTriable as error:
         result = str(error)
     if isinstance(result, RowNorm):
         return result, ""
-    return None, result if looks_like_norm(module) else ""
+    return None, result if looks_like_norm(module) or is_named_like_one(name) else ""
 
 
-def _may_be_row_norm(module: nn.Module) -> bool:
-    """Whether a trial is worthwhile: for a leaf module outside torch.nn with at most two vectors of one length, or
-    whose code names a reduction."""
+def _why_no_trial(module: nn.Module) -> str:
+    """Why a module is not tried, or "": tried are leaf modules outside torch.nn that have one or two vectors of one
+    length, or whose code names a reduction."""
     parameters = [p for p in module._parameters.values() if p is not None]
-    if any(nn.parameter.is_lazy(p) or p.numel() < 2 for p in parameters):
-        return False
-    if children_of(module) or not takes_one_argument(type(module).forward):
-        return False
-    if type(module).__module__.startswith("torch.nn.modules.") or not (parameters or _reduces(type(module))):
-        return False
-    are_vectors = len(parameters) <= 2 and all(p.numel() == max(p.shape, default=0) for p in parameters)
-    return are_vectors and len({p.numel() for p in parameters}) <= 1
+    if any(map(nn.parameter.is_lazy, parameters)):
+        return "has parameters that are not initialized"
+    if children_of(module) or type(module).__module__.startswith("torch.nn.modules."):
+        return _OTHER
+    if not takes_one_argument(type(module).forward):
+        return "takes more than one tensor"
+    are_vectors = len(parameters) <= 2 and all(1 < p.numel() == max(p.shape, default=0) for p in parameters)
+    if not are_vectors or len({p.numel() for p in parameters}) > 1:
+        return "has other parameters than one or two vectors of the same length"
+    return "" if parameters or _reduces(type(module)) else "names no reduction that our row norms compute"
 
 
 def _reduces(kind: type[nn.Module]) -> bool:
@@ -116,14 +120,16 @@ def _reduces(kind: type[nn.Module]) -> bool:
 @in_own_thread
 def _tried(outline: Outline) -> RowNorm | str:
     """The rule, found by a trial in float32, with the dtypes in which roundings agree too; or the reason for none."""
-    reasons = ["computes what none of our row norms computes"]
+    reason, has_run = "", False
     for rule in _candidates(outline):
         try:
-            if _agrees(outline, rule):
+            if _agrees_or_refuses(outline, rule):
                 return _with_cases(outline, rule)
+            has_run = True
         except NotTriable as error:
-            reasons.append(str(error))
-    return reasons[-1]
+            reason = reason if isinstance(error, InputRefused) else str(error)
+    # A trial that ran to its end has seen no operation that is not allowed.
+    return _OTHER if has_run or not reason else reason
 
 
 def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
@@ -208,6 +214,14 @@ def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes, requires_grad:
 
 def _agrees(outline: Outline, rule: RowNorm) -> bool:
     """Whether rule and module compute the same outputs and gradients, in the one case that the rule has."""
+    try:
+        return _agrees_or_refuses(outline, rule)
+    except InputRefused:
+        return False
+
+
+def _agrees_or_refuses(outline: Outline, rule: RowNorm) -> bool:
+    """The same; raises `InputRefused` if the module takes other inputs."""
     ((dtypes, *_),) = rule.cases or ()
     generator = torch.Generator("cpu").manual_seed(0)
     # One input has usual values, the other such small ones that the place of eps shows, in float32 at least.
@@ -220,8 +234,8 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
         try:
             if not _agrees_for(outline, rule, module, input, scale):
                 return False
-        except (InputRefused, RuntimeError, ValueError, TypeError, IndexError):
-            return False
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise InputRefused("takes other inputs") from error
     return True
 
 

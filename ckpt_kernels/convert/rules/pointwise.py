@@ -24,7 +24,7 @@ from ..native_guards import MISSING, ActivationGuard, Binding, ModuleGuard
 from ..operands import CALLS_FORWARD, FORWARDS, HOOKS, has_forward_of, is_called_plainly
 from ..swap import is_patched, original_of, rule_of
 from .activation_trials import TrialResult, activation_of_module
-from .likeness import looks_like_activation
+from .likeness import is_named_like_one, looks_like_activation
 from .rule import Rule, UnaryRule
 from .trial import outline_of, takes_one_argument
 
@@ -120,8 +120,9 @@ def has_halves(input: Tensor, dim: Any) -> bool:
     return input.dim() > 0 and type(dim) is int and dim in (-1, input.dim() - 1) and input.shape[-1] % 2 == 0
 
 
-def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
-    """The rule for an activation, a dropout or a gate, and ""; or None, and a reason if the module looks like one."""
+def pointwise_of(module: nn.Module, name: str = "") -> tuple[Rule | None, str]:
+    """The rule for an activation, a dropout or a gate, and ""; or None, and a reason if the module looks like one, or
+    has been tried and has the name of one in the model."""
     if _is_torchs(module, nn.Dropout):
         return (DropoutRule() if probability_of(module) and module.inplace is False else None), ""
     if _is_torchs(module, nn.GLU):
@@ -131,18 +132,21 @@ def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
         # Converted only within a call site that has just computed the input: see `activation_of`.
         unknown = name_of(module) is None and looks_like_activation(module)
         return None, _why_none(module) if unknown else ""
+    is_like_one = looks_like_activation(module) or (is_named_like_one(name) and _is_tried(module))
     try:
         trial, settings, code, absent = _named(module)
     except NotTriable as error:
-        return None, str(error) if looks_like_activation(module) else ""
+        return None, str(error) if is_like_one else ""
     if trial.name is None:
-        return None, _why_none(module) if looks_like_activation(module) else ""
+        return None, _why_none(module) if is_like_one else ""
     return (None if trial.name in KEPT_BY_OUTPUT else ActivationRule(trial, settings, code, absent)), ""
 
 
 def _why_none(module: nn.Module) -> str:
     if any(True for _ in tensors_of(module)):
         return "has parameters, which none of our activations has"
+    if type(module).forward is nn.Module.forward or not takes_one_argument(type(module).forward):
+        return "takes more than one tensor, and its code matches no known pattern"
     numbers = {name: value for name, value in vars(module).items() if type(value) in (int, float) and name[0] != "_"}
     settings = ", ".join(f"{name}={value:g}" for name, value in numbers.items())
     return "computes none of our activations" + (f" with {settings}" if settings else "")
@@ -204,9 +208,14 @@ def _named(module: nn.Module) -> tuple[TrialResult, Settings, CodeSnapshot | Non
             return TrialResult(), (), None, ()
         plain = {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str) and k != "training"}
         return TrialResult(name), tuple(sorted(plain.items())), None, ()
-    forward = type(module).forward
-    is_leaf = not any(True for _ in tensors_of(module)) and not children_of(module)
-    if not is_leaf or not takes_one_argument(forward) or forward is nn.Module.forward:
+    if not _is_tried(module):
         return TrialResult(), (), None, ()
     outline = outline_of(module, gradients=True)
     return activation_of_module(outline), outline.settings, outline.code, tuple(module._parameters)
+
+
+def _is_tried(module: nn.Module) -> bool:
+    """Whether a module is tried: one without tensors and children, and not torch's own, that takes one argument."""
+    forward = type(module).forward
+    is_leaf = not any(True for _ in tensors_of(module)) and not children_of(module)
+    return is_leaf and not _is_torchs(module) and takes_one_argument(forward) and forward is not nn.Module.forward
