@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import is_autocast
+from . import fast_path
 from .active import seekers
 from .cells import Absent, Cell, version_watch
 from .recipes import Geometry, Layout
@@ -22,8 +23,9 @@ LEAF = "torch::autograd::AccumulateGrad"
 # The key of a note in a node's metadata, with an entry for each operand: the value of a number, the `SmallOperand` of a
 # small tensor, else None. `csrc/thin/graph.cpp` reads notes too.
 _NOTED = "ckpt_kernels"
-# The key of the number of an output with the version watch of that output.
+# The key of the number of an output with the version watch of that output, and a weak reference to its storage.
 _WATCHED = "ckpt_kernels watched"
+_UNWATCHED = None, None, None
 # The key of the cast copy of a bias.
 _COPIED = "ckpt_kernels copied"
 NUMBERS = (int, float)
@@ -160,13 +162,19 @@ def noted_copy(node: Any) -> Tensor | None:
 def watch(tensor: Tensor) -> None:
     """Lets the node of an unwritten tensor show later in-place writes to the tensor."""
     node: Any = tensor.grad_fn
-    node.metadata[_WATCHED] = tensor.output_nr, version_watch(tensor)
+    node.metadata[_WATCHED] = tensor.output_nr, version_watch(tensor), fast_path.storage_reference(tensor)
 
 
 def is_watched(node: Any, output: int) -> bool:
     """Whether a node's output is watched, and has had no in-place write."""
-    number, output_watch = node.metadata.get(_WATCHED, (None, None))
+    number, output_watch, _ = node.metadata.get(_WATCHED, _UNWATCHED)
     return number == output and output_watch is not None and output_watch._version == 0
+
+
+def watched_storage(node: Any, output: int) -> Any:
+    """The weak reference to the storage of a node's output that is watched; None for other outputs."""
+    number, output_watch, storage = node.metadata.get(_WATCHED, _UNWATCHED)
+    return storage if number == output and output_watch is not None else None
 
 
 def is_cast_by_autocast(node: Any) -> bool:

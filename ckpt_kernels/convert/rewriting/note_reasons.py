@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ..code.code_objects import names_in
 from ..code.memoization import memoized
 from ..code.source import definition_of
+from .activated_sums import activates_sums, calls_activation_of_sum
 from .noted_operations import NOTED_CASTS
 from .roles import MODULE, Role, Roles
 
@@ -27,13 +28,17 @@ BIASED = ((_NOTED, Role("noted", "a linear layer's sum")),)
 _INDEXING = ((_NOTED, Role("noted", "indexed tensors")),)
 # The method adds rows by index, as experts do: autograd saves the rows, which may be casts.
 _ADDING = ((_NOTED, Role("noted", "rows that are added by index")),)
+# The method activates a sum by a method of tensors.
+_ACTIVATING = ((_NOTED, Role("noted", "activated sums")),)
 
 
 def noted_roles(function: types.FunctionType, recompute: str) -> tuple[tuple[str, Role], ...]:
     """The role without a load that a function has by its code; () for most functions."""
     if recompute != "block" and adds_casts(function):
         return _ADDING
-    return _INDEXING if recompute == "layer" and indexes_by_list(function) else ()
+    if recompute == "layer" and indexes_by_list(function):
+        return _INDEXING
+    return _ACTIVATING if recompute != "block" and calls_activation_of_sum(function) else ()
 
 
 def adds_casts(function: types.FunctionType) -> bool:
@@ -84,6 +89,8 @@ def reasons_to_note(function: types.FunctionType, roles: Roles, recompute: str, 
         yield "recipes of clamped tensors"
     if _NOTED in roles:
         yield f"recipes of {roles[_NOTED].name}"
+    elif activates_sums(function, roles):
+        yield "recipes of activated sums"
     if multiplies and _squares(function):
         yield "recipes of scaled squares"
     if multiplies and "norm" in kinds:

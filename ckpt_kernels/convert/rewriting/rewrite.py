@@ -12,6 +12,7 @@ tensor longer than in the original method. The rest of the method stays as writt
 import ast
 import contextlib
 import copy
+import functools
 import itertools
 import types
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from ..code.wrapped_functions import check_wrapper
 from ..code.written_names import written_names
 from ..rules.gates import TriedGate, gate_at_site
 from . import noted_operations as noted
+from .activated_sums import activates_sums
 from .branch_tails import move_into_branches
 from .callable_objects import replacing_call
 from .fused_patterns import PATTERNS
@@ -98,6 +100,7 @@ class _Rewriter:
         # Above the level "block" outputs are discarded, and recipes need notes of sums and products.
         self.makes_notes = recompute != "block"
         # Where products run again, so do the casts of products.
+        self.watches_sums = self.makes_notes and activates_sums(function, roles)
         self.notes_casts = self.makes_notes and (recompute != "output" or adds_casts(function))
         self.has_notes = False
         # Whether a product is noted, perhaps of the output of a norm, which can be recomputed together with the norm.
@@ -197,13 +200,16 @@ class _Rewriter:
         if isinstance(callee, ast.Attribute) and callee.attr in noted.NOTED_METHODS:
             self.has_notes = True
             self.multiplies = self.multiplies or callee.attr == "mul"
-            return at(tree, ast.Call(self._mapped(callee, noted.noted_method), tree.args, tree.keywords))
+            watches = self.watches_sums and callee.attr == "add"
+            noted_method = functools.partial(noted.noted_method, watches=watches)
+            return at(tree, ast.Call(self._mapped(callee, noted_method), tree.args, tree.keywords))
         compute = noted.NOTED_OPERATORS.get(type(tree.op)) if isinstance(tree, ast.BinOp) and self.makes_notes else None
         if compute is None:
             return tree
         self.has_notes = True
         self.multiplies = self.multiplies or isinstance(tree.op, ast.Mult)
-        return at(tree, ast.Call(self._cell(noted.noted_operator(compute)), [tree.left, tree.right], []))
+        watches = self.watches_sums and isinstance(tree.op, ast.Add)
+        return at(tree, ast.Call(self._cell(noted.noted_operator(compute, watches)), [tree.left, tree.right], []))
 
     def _fused_expression(self, match: Match) -> ast.expr:
         captured = {id(operand.tree): _next_result() for operand in match.captured}
@@ -253,7 +259,8 @@ class _Rewriter:
         if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in noted.NOTED_FUNCTIONS:
             self.has_notes = True
             self.multiplies = self.multiplies or known is torch.mul
-            return self._mapped(callee, exchanging(known, noted.noted_function(known)))
+            watches = self.watches_sums and known is torch.add
+            return self._mapped(callee, exchanging(known, noted.noted_function(known, watches)))
         replacement = replacement_for(known, call)
         if replacement is None:
             return callee
