@@ -23,9 +23,8 @@ LEAF = "torch::autograd::AccumulateGrad"
 # The key of a note in a node's metadata, with an entry for each operand: the value of a number, the `SmallOperand` of a
 # small tensor, else None. `csrc/thin/graph.cpp` reads notes too.
 _NOTED = "ckpt_kernels"
-# The key of the number of an output with the version watch of that output, and a weak reference to its storage.
+# The key of a `Watched`.
 _WATCHED = "ckpt_kernels watched"
-_UNWATCHED = None, None, None
 # The key of the cast copy of a bias.
 _COPIED = "ckpt_kernels copied"
 NUMBERS = (int, float)
@@ -39,6 +38,16 @@ class Result(NamedTuple):
 
     layout: Layout
     keepers: list[tuple["weakref.ref[Cell]", Geometry]]
+
+
+class Watched(NamedTuple):
+    """An output of a node that had no in-place write when its watch began: the number of the output, the version watch,
+    and weak references to the storage and the tensor object."""
+
+    number: int
+    watch: Tensor | None
+    storage: Any
+    output: "weakref.ref[Tensor]"
 
 
 def name_of(node: Any) -> str:
@@ -161,20 +170,21 @@ def noted_copy(node: Any) -> Tensor | None:
 
 def watch(tensor: Tensor) -> None:
     """Lets the node of an unwritten tensor show later in-place writes to the tensor."""
+    watched = Watched(tensor.output_nr, version_watch(tensor), fast_path.storage_reference(tensor), weakref.ref(tensor))
     node: Any = tensor.grad_fn
-    node.metadata[_WATCHED] = tensor.output_nr, version_watch(tensor), fast_path.storage_reference(tensor)
+    node.metadata[_WATCHED] = watched
+
+
+def watched(node: Any, output: int) -> Watched | None:
+    """The watch on a node's output; None without one."""
+    found = node.metadata.get(_WATCHED)
+    return found if found is not None and found.number == output and found.watch is not None else None
 
 
 def is_watched(node: Any, output: int) -> bool:
     """Whether a node's output is watched, and has had no in-place write."""
-    number, output_watch, _ = node.metadata.get(_WATCHED, _UNWATCHED)
-    return number == output and output_watch is not None and output_watch._version == 0
-
-
-def watched_storage(node: Any, output: int) -> Any:
-    """The weak reference to the storage of a node's output that is watched; None for other outputs."""
-    number, output_watch, storage = node.metadata.get(_WATCHED, _UNWATCHED)
-    return storage if number == output and output_watch is not None else None
+    found = watched(node, output)
+    return found is not None and found.watch._version == 0
 
 
 def is_cast_by_autocast(node: Any) -> bool:

@@ -141,7 +141,7 @@ class Trace:
         if wrote_over_operand(node, version):
             return True
         origin = origin_of(node, self._source)
-        if origin is None or origin.storage.cdata != storage or origin.storage.expired():
+        if origin is None or origin.tensor.storage.cdata != storage or origin.tensor.storage.expired():
             return False
         if version - origin.version != len(origin.writers):
             return False
@@ -217,13 +217,12 @@ class Trace:
         return self.step_for(node, output) if self._temporaries and not is_clone else None
 
     def _is_written_output(self, node: Any) -> bool:
-        """Whether the output is a block's output that only this node and the nodes before it wrote to."""
+        """Whether the output is a block's or a watched one that only this node and the nodes before it wrote to."""
         origin = origin_of(node, self._source)
-        block = None if origin is None else origin.block
-        output = None if block is None else block.entry.output()
-        if block is None or output is None or output.grad_fn is not node:
+        output = None if origin is None else origin.tensor.output()
+        if origin is None or output is None or output.grad_fn is not node:
             return False
-        return self.is_written_by_graph(node, block.entry.storage.cdata, output._version)
+        return self.is_written_by_graph(node, origin.tensor.storage.cdata, output._version)
 
     def _operand_at_or_small(self, edge: Edge, is_unwritten: bool, small: SmallOperand | None) -> Any:
         """The operand at an edge; if there is none, the noted small operand."""

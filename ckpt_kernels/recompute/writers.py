@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from . import nodes
 from .cells import Cell
-from .entries import Block, block_of
+from .entries import Block, Entry, block_of
+from .nodes import Watched
 from .rules import RULES, WRITERS
 
 # The most in-place writes that a recipe repeats.
@@ -18,11 +19,12 @@ MOST_WRITES = 4
 class Origin(NamedTuple):
     """A tensor as it was at a version, before `writers` wrote to it, the last of them first.
 
-    The tensor is the output of a block, or a watched one (`nodes.watch`), which has no `block`.
+    The tensor is the output of a block, or a watched one, which has no `block`. `tensor` has weak references to the
+    storage and the tensor object.
     """
 
     writers: list[Any]
-    storage: Any
+    tensor: Entry | Watched
     version: int
     block: Block | None
 
@@ -38,10 +40,10 @@ def origin_of(node: Any, owner: Any) -> Origin | None:
         block = own_block(node, owner)
         if block is not None:
             is_written = writers and output == 0
-            return Origin(writers, block.entry.storage, block.entry.version, block) if is_written else None
-        storage = nodes.watched_storage(node, output) if writers else None
-        if storage is not None:
-            return Origin(writers, storage, 0, None)
+            return Origin(writers, block.entry, block.entry.version, block) if is_written else None
+        watched = nodes.watched(node, output) if writers else None
+        if watched is not None:
+            return Origin(writers, watched, 0, None)
         # A view, or a tensor that shares the memory and has a version counter of its own, is no write.
         if output != 0 or nodes.name_of(node) not in WRITERS:
             return None

@@ -14,7 +14,7 @@ from ..code.source import definition_of
 from ..code.syntax_trees import is_name
 from .roles import Roles
 
-# Methods of tensors that are activations.
+# Methods of tensors, and functions of torch, that are activations.
 _METHODS = frozenset(("relu", "relu_"))
 _KINDS = ("act", "write")
 
@@ -47,8 +47,8 @@ def _activates_sums(function: types.FunctionType, callees: frozenset[str]) -> bo
 
 def _activated(call: ast.Call, callees: Collection[str]) -> ast.expr | None:
     """The input of an activation; None for other calls."""
-    if isinstance(call.func, ast.Attribute) and call.func.attr in _METHODS and not call.args:
-        return call.func.value
+    if isinstance(call.func, ast.Attribute) and call.func.attr in _METHODS:
+        return call.args[0] if call.args else call.func.value
     is_activation = isinstance(call.func, ast.Name | ast.Attribute | ast.Subscript) and bool(call.args)
     return call.args[0] if is_activation and ast.unparse(call.func) in callees else None
 
