@@ -16,6 +16,7 @@ from .announcements import Announcement
 from .announcing import announce, announce_in_layer, copied, note, record, watch
 from .contexts import DiscardOutputs, discard_outputs, selective_contexts
 from .layers import layer, run_as_layer, run_at
+from .view_writes import write_over_view
 from .widened import is_widened, keeping_narrow
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "selective_contexts",
     "thread",
     "watch",
+    "write_over_view",
 ]

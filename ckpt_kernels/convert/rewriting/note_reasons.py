@@ -4,6 +4,9 @@ import ast
 import types
 from collections.abc import Iterator
 
+import torch
+import torch.nn.functional as F
+
 from ..code.code_objects import names_in
 from ..code.memoization import memoized
 from ..code.source import definition_of
@@ -16,6 +19,8 @@ _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 _REDUCTIONS = frozenset(("mean", "norm", "std", "sum", "var"))
 
 _CASTS = frozenset(NOTED_CASTS)
+_ROW_NORMS = (F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm)
+_PERMUTATIONS = frozenset(("movedim", "moveaxis", "permute", "swapaxes", "swapdims", "transpose"))
 
 # Kinds of callees whose inputs or outputs the level "layer" recomputes.
 IN_LAYERS = frozenset(("linear", "norm", MODULE))
@@ -45,6 +50,15 @@ def adds_casts(function: types.FunctionType) -> bool:
     """Whether a function names an addition by index, and casts."""
     names = names_in(function.__code__)
     return "to" in names and not names.isdisjoint(("index_add", "index_add_"))
+
+
+def moves_channels(function: types.FunctionType, roles: Roles) -> bool:
+    """Whether a function has a norm, permutes dimensions, and activates anything."""
+    kinds = {role.kind for role in roles.values()}
+    if kinds.isdisjoint(("act", "write")) or _PERMUTATIONS.isdisjoint(names_in(function.__code__)):
+        return False
+    replaced = [value for role in roles.values() if role.kind == "replacement" for value in role.values]
+    return "norm" in kinds or any(value is norm for value in replaced for norm in _ROW_NORMS)
 
 
 @memoized

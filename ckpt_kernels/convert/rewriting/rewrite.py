@@ -32,6 +32,7 @@ from ..code.syntax_trees import at, replaced, with_changed_children
 from ..code.wrapped_functions import check_wrapper
 from ..code.written_names import written_names
 from ..rules.gates import TriedGate, gate_at_site
+from ..rules.in_place import following_writes
 from . import noted_operations as noted
 from .activated_sums import activates_sums
 from .branch_tails import move_into_branches
@@ -40,7 +41,7 @@ from .fused_patterns import PATTERNS
 from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
 from .native_sites import native_site
-from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
+from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, moves_channels, reasons_to_note
 from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, exchanging, replacement_for
 from .roles import MethodRoles, Role, Roles, tried_act
@@ -101,6 +102,7 @@ class _Rewriter:
         self.makes_notes = recompute != "block"
         # Where products run again, so do the casts of products.
         self.watches_sums = self.makes_notes and activates_sums(function, roles)
+        self.follows_writes = self.makes_notes and moves_channels(function, roles)
         self.notes_casts = self.makes_notes and (recompute != "output" or adds_casts(function))
         self.has_notes = False
         # Whether a product is noted, perhaps of the output of a norm, which can be recomputed together with the norm.
@@ -178,6 +180,8 @@ class _Rewriter:
         changed: Any = with_changed_children(tree, self._rewrite)
         if isinstance(tree, ast.Call) and (role := self.reader.role(tree.func)).kind:
             changed.func = self._replaced_callee(tree, role)
+            if self.follows_writes and role.kind in ("act", "write") and not role.values:
+                changed.func = self._mapped(changed.func, following_writes)
             if self.recompute == "layer" and role.kind in IN_LAYERS:
                 return self._watched(tree, changed)
         if self.recompute == "layer" and is_indexed_by_list(tree):
