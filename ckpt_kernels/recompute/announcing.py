@@ -8,6 +8,7 @@ from torch import Tensor
 from . import fast_path, nodes
 from .active import discarding, has_innermost_hooks, innermost, thread
 from .announcements import Announced, Announcement, Total
+from .cheap_recipes import Product
 from .recipes import layout_of
 
 
@@ -47,7 +48,8 @@ def announce_in_layer(announcement: Announcement) -> bool:
     discarder = discarding()
     if discarder is None or not discarder.is_in_layer:
         return False
-    announce(announcement)
+    function, tensors = announcement
+    announce((Product(function), tensors))
     return True
 
 

@@ -184,7 +184,7 @@ def watched(node: Any, output: int) -> Watched | None:
 def is_watched(node: Any, output: int) -> bool:
     """Whether a node's output is watched, and has had no in-place write."""
     found = watched(node, output)
-    return found is not None and found.watch._version == 0
+    return found is not None and found.watch is not None and found.watch._version == 0
 
 
 def is_cast_by_autocast(node: Any) -> bool:

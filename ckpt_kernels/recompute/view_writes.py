@@ -33,9 +33,7 @@ def write_over_view(write: Callable[[Tensor], Any], compute: Callable[[Tensor], 
     if view.dtype is not before.dtype or whole.dtype is not before.dtype or recipe.depth >= LONGEST_CHAIN:
         return write(view)
     operands = (Claim(recipe, None),)
-    written = Recipe(
-        functools.partial(_written, compute, geometry_of(view)), operands, 1 + recipe.depth, recipe.layout
-    )
+    written = Recipe(functools.partial(_written, compute, geometry_of(view)), operands, 1 + recipe.depth, recipe.layout)
     after = Entry(whole, weakref.ref(written))
     after.version += 1
     try:

@@ -1,6 +1,6 @@
 """Methods that activate a sum, such as `relu(y + shortcut)`, in whatever form.
 
-Torch saves only the output of some activations. To recompute that output from the operands of the sum, a proof is needed
+Torch saves only the output of some activations. To recompute that output from the operands of the sum takes a proof
 that nobody wrote to the sum before the activation: the sum is watched.
 """
 
