@@ -11,7 +11,6 @@ from collections.abc import Collection
 from ..code.code_objects import names_in
 from ..code.memoization import memoized
 from ..code.source import definition_of
-from ..code.syntax_trees import is_name
 from .roles import Roles
 
 # Methods of tensors, and functions of torch, that are activations.
@@ -33,16 +32,27 @@ def calls_activation_of_sum(function: types.FunctionType) -> bool:
 
 @memoized
 def _activates_sums(function: types.FunctionType, callees: frozenset[str]) -> bool:
+    bound: dict[str, list[tuple[int, bool]]] = {}
     nodes = list(ast.walk(definition_of(function).tree))
-    sums = {
-        target.id
-        for node in nodes
-        if isinstance(node, ast.Assign) and _is_sum(node.value)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    inputs = (_activated(node, callees) for node in nodes if isinstance(node, ast.Call))
-    return any(input is not None and (_is_sum(input) or is_name(input, sums)) for input in inputs)
+    for node in nodes:
+        for name in _names_bound_by(node):
+            bound.setdefault(name, []).append((node.end_lineno or 0, _is_sum(node)))
+    for call in nodes:
+        input = _activated(call, callees) if isinstance(call, ast.Call) else None
+        if isinstance(input, ast.Name):
+            # The last statement above that binds the name.
+            above = [binding for binding in bound.get(input.id, ()) if binding[0] < input.lineno]
+            if above and max(above)[1]:
+                return True
+        elif input is not None and _is_sum(input):
+            return True
+    return False
+
+
+def _names_bound_by(node: ast.AST) -> list[str]:
+    """The names that an assignment binds, if it binds one value."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _activated(call: ast.Call, callees: Collection[str]) -> ast.expr | None:
@@ -53,7 +63,10 @@ def _activated(call: ast.Call, callees: Collection[str]) -> ast.expr | None:
     return call.args[0] if is_activation and ast.unparse(call.func) in callees else None
 
 
-def _is_sum(tree: ast.expr) -> bool:
+def _is_sum(tree: ast.AST) -> bool:
+    """Whether an expression is a sum, or a statement binds one."""
+    if isinstance(tree, ast.Assign):
+        return _is_sum(tree.value)
     if isinstance(tree, ast.Call):
         return isinstance(tree.func, ast.Attribute) and tree.func.attr == "add"
-    return isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add)
+    return isinstance(tree, ast.BinOp | ast.AugAssign) and isinstance(tree.op, ast.Add)
