@@ -13,7 +13,7 @@ from .nodes import Watched
 from .rules import RULES, WRITERS
 
 # The most in-place writes that a recipe repeats.
-MOST_WRITES = 4
+MOST_WRITES = 6
 
 
 class Origin(NamedTuple):

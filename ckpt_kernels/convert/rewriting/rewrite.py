@@ -14,6 +14,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import operator
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -194,6 +195,8 @@ class _Rewriter:
 
     def _noted(self, tree: Any) -> Any:
         """An operator, a method for one, or a cast with a note of its operands; any other tree unchanged."""
+        if isinstance(tree, ast.AugAssign) and self.watches_sums and isinstance(tree.op, ast.Add):
+            return self._noted_assignment(tree)
         callee = tree.func if self.makes_notes and isinstance(tree, ast.Call) else None
         if self.notes_casts and isinstance(callee, ast.Attribute) and callee.attr in noted.NOTED_CASTS:
             self.has_notes = True
@@ -214,6 +217,16 @@ class _Rewriter:
         self.multiplies = self.multiplies or isinstance(tree.op, ast.Mult)
         watches = self.watches_sums and isinstance(tree.op, ast.Add)
         return at(tree, ast.Call(self._cell(noted.noted_operator(compute, watches)), [tree.left, tree.right], []))
+
+    def _noted_assignment(self, tree: ast.AugAssign) -> ast.stmt:
+        """`name = iadd(name, value)` with a note for `name += value`, which makes a new tensor of a number."""
+        name = tree.target
+        if not isinstance(name, ast.Name) or name.id not in self.scope.private_locals:
+            return tree
+        self.has_notes = True
+        add = self._cell(noted.noted_operator(operator.iadd, True))
+        value = at(tree.value, ast.Call(add, [ast.Name(name.id, ast.Load()), tree.value], []))
+        return ast.copy_location(ast.Assign([name], value), tree)
 
     def _fused_expression(self, match: Match) -> ast.expr:
         captured = {id(operand.tree): _next_result() for operand in match.captured}
