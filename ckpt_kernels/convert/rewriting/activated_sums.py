@@ -35,8 +35,9 @@ def _activates_sums(function: types.FunctionType, callees: frozenset[str]) -> bo
     bound: dict[str, list[tuple[int, bool]]] = {}
     nodes = list(ast.walk(definition_of(function).tree))
     for node in nodes:
-        for name in _names_bound_by(node):
-            bound.setdefault(name, []).append((node.end_lineno or 0, _is_sum(node)))
+        if isinstance(node, ast.Assign | ast.AugAssign):
+            for name in _names_bound_by(node):
+                bound.setdefault(name, []).append((node.end_lineno or 0, _is_sum(node)))
     for call in nodes:
         input = _activated(call, callees) if isinstance(call, ast.Call) else None
         if isinstance(input, ast.Name):
@@ -49,9 +50,9 @@ def _activates_sums(function: types.FunctionType, callees: frozenset[str]) -> bo
     return False
 
 
-def _names_bound_by(node: ast.AST) -> list[str]:
-    """The names that an assignment binds, if it binds one value."""
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+def _names_bound_by(node: ast.Assign | ast.AugAssign) -> list[str]:
+    """The names to which an assignment binds its value."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
