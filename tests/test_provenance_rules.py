@@ -37,6 +37,7 @@ def x() -> Tensor:
 three = lambda n: n.view(4, 16, WIDTH)  # noqa: E731
 MADE = {
     "AbsBackward0": lambda n, p: n.abs(),
+    "AvgPool2DBackward0": lambda n, p: TF.avg_pool2d(n.view(1, 1, ROWS, WIDTH), 3, 1, 1).view(ROWS, WIDTH),
     "CeluBackward0": lambda n, p: TF.celu(n, 0.7),
     "ClampBackward1": lambda n, p: n.clamp(-0.4, 0.3),
     "CosBackward0": lambda n, p: n.cos(),
@@ -55,6 +56,17 @@ MADE = {
     "MulBackward0": lambda n, p: n * n.sin(),
     "PowBackward0": lambda n, p: n**3,
     "PreluKernelBackward0": lambda n, p: TF.prelu(n, p["one"]),
+    **{
+        f"{name}Pad{len(sides) // 2}DBackward0": lambda n, p, shape=shape, sides=sides, mode=mode: TF.pad(
+            n.view(shape), sides, mode
+        ).reshape(-1, WIDTH)
+        for name, mode in (("Reflection", "reflect"), ("Replication", "replicate"))
+        for shape, sides in (
+            ((1, ROWS, WIDTH), (WIDTH // 2, WIDTH // 2)),
+            ((1, 1, ROWS, WIDTH), (0, 0, 2, 1)),
+            ((1, 1, 4, ROWS // 4, WIDTH), (0, 0, 0, 0, 1, 2)),
+        )
+    },
     "SiluBackward0": lambda n, p: TF.silu(n),
     "SinBackward0": lambda n, p: n.sin(),
     "CeluBackward1": lambda n, p: TF.celu(n, 0.7, inplace=True),

@@ -17,6 +17,7 @@ from .announcing import announce, announce_in_layer, copied, note, record, watch
 from .contexts import DiscardOutputs, discard_outputs, selective_contexts
 from .layers import layer, run_as_layer, run_at
 from .narrow_hooks import keeping_narrow
+from .view_writes import write_over_view
 from .widened import is_widened
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "selective_contexts",
     "thread",
     "watch",
+    "write_over_view",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import fast_path, nodes
 from .active import discarding, innermost, thread
 from .announcements import Announced, Announcement, Total
+from .cheap_recipes import Product
 from .hooks import has_innermost_hooks
 from .recipes import layout_of
 
@@ -48,7 +49,8 @@ def announce_in_layer(announcement: Announcement) -> bool:
     discarder = discarding()
     if discarder is None or not discarder.is_in_layer:
         return False
-    announce(announcement)
+    function, tensors = announcement
+    announce((Product(function), tensors))
     return True
 
 
@@ -79,16 +81,19 @@ def copied(tensor: Tensor) -> Tensor:
     return copy
 
 
-def note(output: Any, *operands: Any) -> None:
+def note(output: Any, *operands: Any, watches: bool = False) -> None:
     """Notes on the autograd node of a torch op, such as a sum, that no operand has been written to.
 
     The output may then be recomputed from recipes of the operands. The note holds operands that are scalars, and
-    operands that are small beside the output, which a recipe may copy.
+    operands that are small beside the output, which a recipe may copy. With `watches`, and within a layer, later
+    in-place writes to the output are seen, so that tensors computed from the output may be recomputed too.
     """
     if torch.compiler.is_compiling() or not thread.active or type(output) is not Tensor:
         return
     if output.grad_fn is None or output._version or (discarder := discarding()) is None:
         return
+    if watches or discarder.is_in_layer:
+        nodes.watch(output)
     tensors = [o for o in operands if isinstance(o, Tensor)]
     scalars = [o for o in operands if type(o) in (int, float)]
     if len(tensors) + len(scalars) != len(operands) or not all(map(nodes.is_unwritten, tensors)):
@@ -96,8 +101,6 @@ def note(output: Any, *operands: Any) -> None:
     small = discarder.small_operands.noted
     # In the order of the node's edges, where a number comes last: torch computes 2 + x as x + 2.
     nodes.note(output.grad_fn, (*(small(t, output, discarder) for t in tensors), *scalars))
-    if discarder.is_in_layer:
-        nodes.watch(output)
 
 
 def watch(output: Any) -> Any:

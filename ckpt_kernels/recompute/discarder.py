@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import fast_path
 from .announcements import Announced, Announcement, Packed, Total, copied_if_sharded, share_memory_with
 from .cells import Cell, Kept, Operand, OuterPacked, Unwritten, is_plain, version_watch
+from .cheap_recipes import has_cheap_recipe
 from .copies import copied_view, note_copy, recipe_of_copy
 from .entries import Block, Entry, watch_of
 from .hooks import has_innermost_hooks
@@ -34,11 +35,9 @@ class Discarder(State):
     __slots__ = ()
 
     def hold(self, tensor: Tensor) -> None:
-        """Keeps a tensor at a layer's boundary, where recipes end, unless the tensor's recipe has one step."""
+        """Keeps a tensor at a layer's boundary, where recipes end, unless the tensor has a cheap recipe."""
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
-            entry = self.all_entries.of(tensor)
-            recipe = None if entry is None else entry.recipe()
-            if recipe is None or recipe.depth != 1:
+            if not has_cheap_recipe(tensor, self):
                 self._boundaries.add(tensor)
 
     def held_at(self, node: Any, output: int) -> Operand | None:
@@ -56,7 +55,7 @@ class Discarder(State):
             if held.tensor() is tensor:
                 self._boundaries.add(copy, held)
         elif tensor._base is None and layout_of(copy) == layout_of(tensor):
-            recipe = self._source_of(tensor)
+            recipe = self.source_of(tensor)
             if isinstance(recipe, Recipe) and recipe.depth <= LONGEST_CHAIN:
                 self.all_entries.add(Entry(copy, lambda: recipe))
 
@@ -149,7 +148,7 @@ class Discarder(State):
 
     def _traced_or_kept(self, tensor: Tensor, node: Any, is_saved: bool) -> tuple[Cell, bool]:
         """The cell of a tensor; and whether a later recipe may replace the tensor in all cells."""
-        source = self._source_of(tensor)
+        source = self.source_of(tensor)
         if source is None and is_saved:
             source = self._narrowed(tensor)
         if isinstance(source, Recipe) and source.depth <= LONGEST_CHAIN:
@@ -173,7 +172,7 @@ class Discarder(State):
         self.all_entries.add(Entry(root, weakref.ref(recipe)))
         return recipe
 
-    def _source_of(self, tensor: Tensor) -> Recipe | Tensor | None:
+    def source_of(self, tensor: Tensor) -> Recipe | Tensor | None:
         """The result of `_recipe_for`, or the recipe of a total.
 
         Tensors that are packed for recipes do not count as saved by the announced op.
@@ -223,7 +222,10 @@ class Discarder(State):
         if any((held := self._boundaries.of(t)) is not None and not held.is_saved for t in tensors):
             return None
         recipe = self._recipe(total.recipe, {}, total.layout)
-        if self._extra_bytes(recipe, total.recipe[1], {}) < tensor.nbytes and recipe.depth <= LONGEST_CHAIN:
+        # A tensor that needs no gradient, and is no weight, is kept by nobody else.
+        made = sum(t.nbytes for t in tensors if not (t.requires_grad or isinstance(t, nn.Parameter)))
+        extra_bytes = made + self._extra_bytes(recipe, total.recipe[1], {})
+        if extra_bytes < tensor.nbytes and recipe.depth <= LONGEST_CHAIN:
             self.all_entries.add(Entry(tensor, lambda: recipe))
             return recipe
         return None

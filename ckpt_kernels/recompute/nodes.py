@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import is_autocast
+from . import fast_path
 from .cells import Absent, Cell, version_watch
 from .hooks import seekers
 from .recipes import Geometry, Layout
@@ -22,7 +23,7 @@ LEAF = "torch::autograd::AccumulateGrad"
 # The key of a note in a node's metadata, with an entry for each operand: the value of a number, the `SmallOperand` of a
 # small tensor, else None. `csrc/thin/graph.cpp` reads notes too.
 _NOTED = "ckpt_kernels"
-# The key of the number of an output with the version watch of that output.
+# The key of a `Watched`.
 _WATCHED = "ckpt_kernels watched"
 # The key of the cast copy of a bias.
 _COPIED = "ckpt_kernels copied"
@@ -37,6 +38,16 @@ class Result(NamedTuple):
 
     layout: Layout
     keepers: list[tuple["weakref.ref[Cell]", Geometry]]
+
+
+class Watched(NamedTuple):
+    """An output of a node that had no in-place write when its watch began: the number of the output, the version watch,
+    and weak references to the storage and the tensor object."""
+
+    number: int
+    watch: Tensor | None
+    storage: Any
+    output: "weakref.ref[Tensor]"
 
 
 def name_of(node: Any) -> str:
@@ -159,14 +170,21 @@ def noted_copy(node: Any) -> Tensor | None:
 
 def watch(tensor: Tensor) -> None:
     """Lets the node of an unwritten tensor show later in-place writes to the tensor."""
+    watched = Watched(tensor.output_nr, version_watch(tensor), fast_path.storage_reference(tensor), weakref.ref(tensor))
     node: Any = tensor.grad_fn
-    node.metadata[_WATCHED] = tensor.output_nr, version_watch(tensor)
+    node.metadata[_WATCHED] = watched
+
+
+def watched(node: Any, output: int) -> Watched | None:
+    """The watch on a node's output; None without one."""
+    found = node.metadata.get(_WATCHED)
+    return found if found is not None and found.number == output and found.watch is not None else None
 
 
 def is_watched(node: Any, output: int) -> bool:
     """Whether a node's output is watched, and has had no in-place write."""
-    number, output_watch = node.metadata.get(_WATCHED, (None, None))
-    return number == output and output_watch is not None and output_watch._version == 0
+    found = watched(node, output)
+    return found is not None and found.watch is not None and found.watch._version == 0
 
 
 def is_cast_by_autocast(node: Any) -> bool:

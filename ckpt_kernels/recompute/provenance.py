@@ -18,17 +18,16 @@ from torch.autograd.function import BackwardCFunction
 from . import nodes
 from .biases import Biases
 from .cells import Absent, Cell, Operand
-from .entries import Block, block_of
+from .entries import Block
 from .nodes import Edge
 from .recipes import Step
-from .rules import ATTENTIONS, BY_RESULT, KEEPING_RESULT, RULES, VIEWS, WRITERS, Rule
+from .rules import ATTENTIONS, BY_RESULT, KEEPING_RESULT, VIEWS, Rule
 from .small_operands import SmallOperand
 from .stacked_weights import StackedWeights, reads_stacked_weight
+from .writers import origin_of, own_block, wrote_over_operand
 
 # Beyond this number of ops the tensor is kept, so that traces and recipes stay short.
 MOST_STEPS = 12
-# The most in-place writes to a block's output that a recipe repeats.
-MOST_WRITES = 4
 
 
 class Source(Protocol):
@@ -135,40 +134,23 @@ class Trace:
     def is_written_by_graph(self, node: Any, storage: int, version: int) -> bool:
         """Whether `node` and the nodes before it made all in-place writes to a tensor, which is now at `version`.
 
-        The tensor is the node's operand, written over, or a block's output. There must be as many writes as nodes: if
-        one of the nodes had not written in place, the output would have another storage; if anything else had written,
-        there would be more writes than nodes.
+        The tensor is the node's operand, written over, or a block's output, or a watched output. There must be as many
+        writes as nodes: if one of the nodes had not written in place, the output would have another storage; if
+        anything else had written, there would be more writes than nodes.
         """
-        if _wrote_over_operand(node, version):
+        if wrote_over_operand(node, version):
             return True
-        writers, block = self._nodes_to_block(node)
-        if block is None or block.entry.storage.cdata != storage or block.entry.storage.expired():
+        origin = origin_of(node, self._source)
+        if origin is None or origin.tensor.storage.cdata != storage or origin.tensor.storage.expired():
             return False
-        if version - block.entry.version != len(writers):
+        if version - origin.version != len(origin.writers):
             return False
-        self._trusted += writers
-        self._edge_contents[writers[-1].next_functions[0]] = block
+        self._trusted += origin.writers
+        if origin.block is None:
+            self._trusted.append(origin.writers[-1].next_functions[0][0])
+        else:
+            self._edge_contents[origin.writers[-1].next_functions[0]] = origin.block
         return True
-
-    def _nodes_to_block(self, node: Any) -> tuple[list[Any], Block | None]:
-        """The nodes from `node` to that of a block, following the first edge of each."""
-        writers: list[Any] = []
-        output = 0
-        while node is not None and len(writers) <= MOST_WRITES:
-            block = self._block(node)
-            if block is not None:
-                return writers, block if writers and output == 0 else None
-            # A view, or a tensor that shares the memory and has a version counter of its own, is no write.
-            if output != 0 or nodes.name_of(node) not in WRITERS:
-                break
-            writers.append(node)
-            node, output = node.next_functions[0]
-        return writers, None
-
-    def _block(self, node: Any) -> Block | None:
-        """The `Block` on a node, if it belongs to this context."""
-        block = block_of(node)
-        return block if block is not None and block.owner is self._source else None
 
     def learn_operands(self, node: Any) -> None:
         """Stores the cells of a node's operands, if the node saves several operands and wrote over none."""
@@ -218,7 +200,7 @@ class Trace:
         if boundary is not None:
             self.is_grounded = True
             return boundary
-        block = self._block(node)
+        block = own_block(node, self._source)
         if block is not None:
             return self._shared(block) if output == 0 and block.is_unwritten() else None
         name = nodes.name_of(node)
@@ -235,12 +217,12 @@ class Trace:
         return self.step_for(node, output) if self._temporaries and not is_clone else None
 
     def _is_written_output(self, node: Any) -> bool:
-        """Whether the output is a block's output that only this node and the nodes before it wrote to."""
-        block = self._nodes_to_block(node)[1]
-        output = None if block is None else block.entry.output()
-        if block is None or output is None or output.grad_fn is not node:
+        """Whether the output is a block's or a watched one that only this node and the nodes before it wrote to."""
+        origin = origin_of(node, self._source)
+        output = None if origin is None else origin.tensor.output()
+        if origin is None or output is None or output.grad_fn is not node:
             return False
-        return self.is_written_by_graph(node, block.entry.storage.cdata, output._version)
+        return self.is_written_by_graph(node, origin.tensor.storage.cdata, output._version)
 
     def _operand_at_or_small(self, edge: Edge, is_unwritten: bool, small: SmallOperand | None) -> Any:
         """The operand at an edge; if there is none, the noted small operand."""
@@ -277,18 +259,3 @@ def _saved_result(node: Any, output: int) -> Cell | None:
         content = nodes.packed(node, "output")
         return content if isinstance(content, Cell) else None
     return nodes.results_of_function(node).get(output) if isinstance(node, BackwardCFunction) else None
-
-
-def _wrote_over_operand(node: Any, version: int) -> bool:
-    """Whether a node wrote its output, now at `version`, over its operand, with no other write.
-
-    If a node writes over a tensor that the gradient needs, torch saves a clone of the tensor. The node has no edge to
-    the clone.
-    """
-    rule = RULES.get(nodes.name_of(node))
-    if version != 1 or rule is None or rule.saved != ("self",):
-        return False
-    content = nodes.packed(node, "self")
-    if not isinstance(content, Cell) or not content.is_clone:
-        return False
-    return nodes.name_of(node.next_functions[0][0]) != "CloneBackward0"

@@ -133,6 +133,11 @@ def _contiguous(operand: Tensor) -> Tensor:
 # Ops that save their input.
 _BY_INPUT = {
     "AbsBackward0": Rule(torch.abs, ("self",)),
+    "AvgPool2DBackward0": Rule(
+        torch.ops.aten.avg_pool2d,
+        ("self",),
+        _attributes("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    ),
     "CeluBackward0": Rule(torch.celu, ("self",), _attributes("alpha")),
     "ClampBackward1": Rule(torch.clamp, ("self",), _attributes("min", "max")),
     "CosBackward0": Rule(torch.cos, ("self",)),
@@ -151,6 +156,11 @@ _BY_INPUT = {
     "MulBackward0": Rule(torch.mul, ("self", "other")),
     "PowBackward0": Rule(torch.pow, ("self",), _attributes("exponent")),
     "PreluKernelBackward0": Rule(torch.ops.aten._prelu_kernel, ("self", "weight")),
+    **{
+        f"{name.title()}Pad{n}DBackward0": Rule(getattr(torch.ops.aten, f"{name}_pad{n}d"), ("self",), _dims("padding"))
+        for name in ("reflection", "replication")
+        for n in (1, 2, 3)
+    },
     "SiluBackward0": Rule(F.silu, ("self",)),
     "SinBackward0": Rule(torch.sin, ("self",)),
     "SoftplusBackward0": Rule(F.softplus, ("self",), _attributes("beta", "threshold")),

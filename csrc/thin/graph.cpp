@@ -181,10 +181,14 @@ class Search {
     if (is_view == failed || is_foreign == failed) return failed;
     if (edge.is_unwritten || is_view == yes || is_foreign == yes) return no;
     if (!classes.discarder.temporaries.is(discarder_, Py_False)) return no;
-    const Owned metadata = attribute(edge.node, of_metadata);
-    const Answer is_watched = metadata ? is_in(metadata.get(), of_watched) : failed;
+    const Answer is_watched = is_watched_output(edge);
     if (is_watched != no) return is_watched == yes ? no : failed;
     return is_not_last_writer(edge);
+  }
+
+  Answer is_watched_output(const Edge& edge) const {
+    const Owned metadata = attribute(edge.node, of_metadata);
+    return metadata ? is_in(metadata.get(), of_watched) : failed;
   }
 
   // Whether the edge is that of a leaf with several dimensions, which only a gather reads again.
@@ -211,8 +215,8 @@ class Search {
     return node ? node.is(edge.node.get()) ? no : yes : PyErr_Occurred() ? failed : no;
   }
 
-  // Whether a node and the nodes before it, by their first edges, may all have written over a block's output: `no` if
-  // certainly not. `block` stays null where this is unknown.
+  // Whether a node and the nodes before it, by their first edges, may all have written over a block's output or a
+  // watched one: `no` if certainly not. `block` stays null where this is unknown, or the output is watched.
   Answer leads_to_block(const Owned& first, PyObject* first_name, Owned* block) const {
     Edge edge;
     edge.node = shared(first.get());
@@ -220,6 +224,10 @@ class Search {
     for (Py_ssize_t i = 0; i < most_nodes; ++i) {
       if (edge.node.is(Py_None)) return no;
       if (!edge.name || PyErr_Occurred()) return failed;
+      if (i > 0) {
+        const Answer is_watched = is_watched_output(edge);
+        if (is_watched != no) return is_watched;
+      }
       const Answer writes = is_in(names.writers, edge.name.get());
       if (writes == failed) return failed;
       if (writes == no) return is_block(edge, block);

@@ -4,9 +4,13 @@ import ast
 import types
 from collections.abc import Iterator
 
+import torch
+import torch.nn.functional as F
+
 from ..code.code_objects import names_in
 from ..code.memoization import memoized
 from ..code.source import definition_of
+from .activated_sums import activates_sums, calls_activation_of_sum
 from .noted_operations import NOTED_CASTS
 from .roles import MODULE, Role, Roles
 
@@ -15,6 +19,8 @@ _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 _REDUCTIONS = frozenset(("mean", "norm", "std", "sum", "var"))
 
 _CASTS = frozenset(NOTED_CASTS)
+_ROW_NORMS = (F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm)
+_PERMUTATIONS = frozenset(("movedim", "moveaxis", "permute", "swapaxes", "swapdims", "transpose"))
 
 # Kinds of callees whose inputs or outputs the level "layer" recomputes.
 IN_LAYERS = frozenset(("linear", "norm", MODULE))
@@ -27,19 +33,32 @@ BIASED = ((_NOTED, Role("noted", "a linear layer's sum")),)
 _INDEXING = ((_NOTED, Role("noted", "indexed tensors")),)
 # The method adds rows by index, as experts do: autograd saves the rows, which may be casts.
 _ADDING = ((_NOTED, Role("noted", "rows that are added by index")),)
+# The method activates a sum by a method of tensors.
+_ACTIVATING = ((_NOTED, Role("noted", "activated sums")),)
 
 
 def noted_roles(function: types.FunctionType, recompute: str) -> tuple[tuple[str, Role], ...]:
     """The role without a load that a function has by its code; () for most functions."""
     if recompute != "block" and adds_casts(function):
         return _ADDING
-    return _INDEXING if recompute == "layer" and indexes_by_list(function) else ()
+    if recompute == "layer" and indexes_by_list(function):
+        return _INDEXING
+    return _ACTIVATING if recompute != "block" and calls_activation_of_sum(function) else ()
 
 
 def adds_casts(function: types.FunctionType) -> bool:
     """Whether a function names an addition by index, and casts."""
     names = names_in(function.__code__)
     return "to" in names and not names.isdisjoint(("index_add", "index_add_"))
+
+
+def moves_channels(function: types.FunctionType, roles: Roles) -> bool:
+    """Whether a function has a norm, permutes dimensions, and activates anything."""
+    kinds = {role.kind for role in roles.values()}
+    if kinds.isdisjoint(("act", "write")) or _PERMUTATIONS.isdisjoint(names_in(function.__code__)):
+        return False
+    replaced = [value for role in roles.values() if role.kind == "replacement" for value in role.values]
+    return "norm" in kinds or any(value is norm for value in replaced for norm in _ROW_NORMS)
 
 
 @memoized
@@ -84,6 +103,8 @@ def reasons_to_note(function: types.FunctionType, roles: Roles, recompute: str, 
         yield "recipes of clamped tensors"
     if _NOTED in roles:
         yield f"recipes of {roles[_NOTED].name}"
+    elif activates_sums(function, roles):
+        yield "recipes of activated sums"
     if multiplies and _squares(function):
         yield "recipes of scaled squares"
     if multiplies and "norm" in kinds:

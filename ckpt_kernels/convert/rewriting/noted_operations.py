@@ -30,12 +30,12 @@ _OF_TWO = tuple(getattr(torch, name) for name in NOTED_METHODS)
 NOTED_FUNCTIONS = (torch.sigmoid, torch.tanh, torch.cat, torch.concat, torch.concatenate, *_OF_TWO)
 
 
-def noted_operator(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """The operator, with a note of both operands."""
+def noted_operator(compute: Callable[[Any, Any], Any], watches: bool) -> Callable[[Any, Any], Any]:
+    """The operator, with a note of both operands. `watches`: whether in-place writes to the output are seen."""
 
     def call(left: Any, right: Any) -> Any:
         output = compute(left, right)
-        note(output, left, right)
+        note(output, left, right, watches=watches)
         return output
 
     return call
@@ -53,13 +53,13 @@ def noted_cast(name: str) -> Callable[..., Any]:
     return call
 
 
-def noted_function(function: Callable[..., Any]) -> Callable[..., Any]:
+def noted_function(function: Callable[..., Any], watches: bool) -> Callable[..., Any]:
     """The function, with a note of the tensors that it reads."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         output = function(*args, **kwargs)
         if function in _OF_TWO:
-            _note_of_two(output, args, kwargs)
+            _note_of_two(output, args, kwargs, watches)
         elif args:
             note(output, *(args[0] if type(args[0]) in (tuple, list) else args[:1]))
         return output
@@ -67,7 +67,7 @@ def noted_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def noted_method(method: Any) -> Any:
+def noted_method(method: Any, watches: bool) -> Any:
     """A method of a tensor for one of the operators, with a note of both operands; anything else unchanged."""
     if torch.compiler.is_compiling() or type(method) is not types.BuiltinMethodType:
         return method
@@ -77,13 +77,13 @@ def noted_method(method: Any) -> Any:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         output = method(*args, **kwargs)
-        _note_of_two(output, (tensor, *args), kwargs)
+        _note_of_two(output, (tensor, *args), kwargs, watches)
         return output
 
     return call
 
 
-def _note_of_two(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _note_of_two(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], watches: bool) -> None:
     """Notes the operands of an operator, unless there are other arguments, which scale or place the result."""
     if len(args) == 2 and not kwargs:
-        note(output, *args)
+        note(output, *args, watches=watches)

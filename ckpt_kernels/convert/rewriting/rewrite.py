@@ -14,15 +14,13 @@ import contextlib
 import copy
 import itertools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ...levels import level_of_blocks
-from ...recompute import watch
 from ..code.code_objects import has_type
-from ..code.frames import PREFIX
 from ..code.memoization import memoized
 from ..code.scope import Scope
 from ..code.source import Definition, NoSource, decorator_chain, definition_of, rebuilt, redecorated
@@ -31,6 +29,7 @@ from ..code.syntax_trees import at, replaced, with_changed_children
 from ..code.wrapped_functions import check_wrapper
 from ..code.written_names import written_names
 from ..rules.gates import TriedGate, gate_at_site
+from ..rules.in_place import following_writes
 from . import noted_operations as noted
 from .branch_tails import move_into_branches
 from .callable_objects import replacing_call
@@ -38,7 +37,8 @@ from .fused_patterns import PATTERNS
 from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
 from .native_sites import native_site
-from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
+from .note_reasons import IN_LAYERS, is_indexed_by_list, reasons_to_note
+from .noted_trees import DEFINITIONS, NotedTrees
 from .reader import Match, Reader
 from .replacements import FUNCTION_TYPES, exchanging, replacement_for
 from .result_list import condition_of, next_result
@@ -46,8 +46,6 @@ from .roles import MethodRoles, Role, Roles, tried_act
 from .run_lines import loaded_early, passed
 from .run_matching import RunMatch, run_matches
 from .templates import guarded_call
-
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 class Rewritten(NamedTuple):
@@ -82,26 +80,16 @@ def rewritten_method(method: types.FunctionType, roles: MethodRoles, recompute: 
     return Rewritten(redecorated(chain, made), rewriter.descriptions, fuses)
 
 
-class _Rewriter:
-    """Rewrites the body of one function, and collects the closure variables that the new body needs."""
+class _Rewriter(NotedTrees):
+    """Rewrites the body of one function."""
 
     def __init__(self, function: types.FunctionType, definition: Definition, roles: Roles, recompute: str) -> None:
-        self.function = function
-        self.scope = Scope(function, definition.tree)
+        super().__init__(function, Scope(function, definition.tree), roles, recompute)
         self.tree = copy.deepcopy(definition.tree)
         move_into_branches(self.tree, roles)
         self.reader = Reader(roles, self.scope, self.tree)
-        self.recompute = recompute
-        self.cells: dict[str, Any] = {}
         self.descriptions: list[str] = []
         self.written = set(written_names(self.tree, self.scope))
-        # Above the level "block" outputs are discarded, and recipes need notes of sums and products.
-        self.makes_notes = recompute != "block"
-        # Where products run again, so do the casts of products.
-        self.notes_casts = self.makes_notes and (recompute != "output" or adds_casts(function))
-        self.has_notes = False
-        # Whether a product is noted, perhaps of the output of a norm, which can be recomputed together with the norm.
-        self.multiplies = False
         # Original statements, which run where a fused call does not compute: their matches are described already.
         self._originals: list[list[ast.stmt]] = []
 
@@ -168,7 +156,7 @@ class _Rewriter:
             if any(tree is original for original in self._originals):
                 del self.descriptions[count:]
             return rewritten_list
-        if not isinstance(tree, ast.AST) or isinstance(tree, (*OPAQUE, *_DEFINITIONS)):
+        if not isinstance(tree, ast.AST) or isinstance(tree, (*OPAQUE, *DEFINITIONS)):
             return tree
         if isinstance(tree, ast.BinOp | ast.Call):
             match = next(matches(self.reader, tree, None, tree), None)
@@ -177,49 +165,19 @@ class _Rewriter:
         changed: Any = with_changed_children(tree, self._rewrite)
         if isinstance(tree, ast.Call) and (role := self.reader.role(tree.func)).kind:
             changed.func = self._replaced_callee(tree, role)
+            if self.follows_writes and role.kind in ("act", "write") and not role.values:
+                changed.func = self._mapped(changed.func, following_writes)
             if self.recompute == "layer" and role.kind in IN_LAYERS:
                 return self._watched(tree, changed)
         if self.recompute == "layer" and is_indexed_by_list(tree):
             return self._watched(tree, changed)
         return self._noted(changed)
 
-    def _watched(self, location: ast.AST, tree: ast.expr) -> ast.expr:
-        self.has_notes = True
-        return at(location, ast.Call(self._cell(watch), [tree], []))
-
-    def _noted(self, tree: Any) -> Any:
-        """An operator, a method for one, or a cast with a note of its operands; any other tree unchanged."""
-        callee = tree.func if self.makes_notes and isinstance(tree, ast.Call) else None
-        if self.notes_casts and isinstance(callee, ast.Attribute) and callee.attr in noted.NOTED_CASTS:
-            self.has_notes = True
-            return at(
-                tree,
-                ast.Call(self._cell(noted.noted_cast(callee.attr)), [callee.value, *tree.args], tree.keywords),
-            )
-        if isinstance(callee, ast.Attribute) and callee.attr in noted.NOTED_METHODS:
-            self.has_notes = True
-            self.multiplies = self.multiplies or callee.attr == "mul"
-            return at(tree, ast.Call(self._mapped(callee, noted.noted_method), tree.args, tree.keywords))
-        compute = noted.NOTED_OPERATORS.get(type(tree.op)) if isinstance(tree, ast.BinOp) and self.makes_notes else None
-        if compute is None:
-            return tree
-        self.has_notes = True
-        self.multiplies = self.multiplies or isinstance(tree.op, ast.Mult)
-        return at(tree, ast.Call(self._cell(noted.noted_operator(compute)), [tree.left, tree.right], []))
-
     def _fused_expression(self, match: Match) -> ast.expr:
         captured = {id(operand.tree): next_result() for operand in match.captured}
         original = self._with_notes(replaced(match.root, captured))
         condition = self._has_computed(match, match.root)
         return at(match.root, ast.IfExp(condition, next_result(), original))
-
-    def _with_notes(self, tree: Any) -> Any:
-        """A copy with noted operators, but without fused calls, whose results would replace the captured operands."""
-        if isinstance(tree, list):
-            return [self._with_notes(child) for child in tree]
-        if not isinstance(tree, ast.AST) or isinstance(tree, (*OPAQUE, *_DEFINITIONS)):
-            return tree
-        return self._noted(with_changed_children(tree, self._with_notes))
 
     def _has_computed(self, match: Match, begins: ast.expr) -> ast.expr:
         """The condition that makes the guarded call, after the native call if the site has one.
@@ -263,7 +221,8 @@ class _Rewriter:
         if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in noted.NOTED_FUNCTIONS:
             self.has_notes = True
             self.multiplies = self.multiplies or known is torch.mul
-            return self._mapped(callee, exchanging(known, noted.noted_function(known)))
+            watches = self.watches_sums and known is torch.add
+            return self._mapped(callee, exchanging(known, noted.noted_function(known, watches)))
         replacement = replacement_for(known, call)
         if replacement is None:
             return callee
@@ -279,16 +238,6 @@ class _Rewriter:
             return callee
         self.descriptions += inner.descriptions
         return self._mapped(callee, replacing_call(method, inner.function))
-
-    def _mapped(self, callee: ast.expr, mapping: Callable[[Any], Any]) -> ast.expr:
-        """The expression `mapping(callee)`."""
-        return at(callee, ast.Call(self._cell(mapping), [callee], []))
-
-    def _cell(self, value: Any) -> ast.expr:
-        """A closure variable with this value."""
-        name = next((name for name, known in self.cells.items() if known is value), f"{PREFIX}{len(self.cells)}")
-        self.cells[name] = value
-        return ast.Name(name, ast.Load())
 
 
 def _rank(candidate: RunMatch) -> tuple[int, int]:

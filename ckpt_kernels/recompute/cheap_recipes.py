@@ -1,0 +1,67 @@
+"""Recipes so cheap that a tensor at a layer's boundary need not be kept: one block, and torch's own cheap ops after it.
+
+Such a recipe reads tensors that are kept, and runs no product, so that the next layer does not run parts of this one.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .entries import Entries
+from .recipes import Claim, Recipe, Step
+from .rules import RULES, Rule
+
+
+class Product:
+    """A function of a recipe that runs a matrix product."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, *operands: Any) -> Tensor:
+        return self.function(*operands)
+
+
+class Source(Protocol):
+    """The interface of a context that this module asks for recipes."""
+
+    all_entries: Entries
+    rules: dict[str, Rule]
+
+    def source_of(self, tensor: Tensor) -> Recipe | Tensor | None: ...
+
+
+def has_cheap_recipe(tensor: Tensor, source: Source) -> bool:
+    """Whether the tensor has such a recipe: a recorded one, or one that the autograd graph shows."""
+    entry = source.all_entries.of(tensor)
+    recorded = None if entry is None else entry.recipe()
+    if recorded is not None:
+        return recorded.depth == 1
+    rules, source.rules = source.rules, RULES
+    try:
+        traced = source.source_of(tensor)
+    finally:
+        source.rules = rules
+    if not isinstance(traced, Recipe) or not isinstance(traced.rebuild, functools.partial):
+        return False
+    # The recipe of a step has the step as the argument of its function.
+    (step, *_) = traced.rebuild.args
+    return isinstance(step, Step) and all(_is_of_block(claim.recipe) for claim in _claims_of(step))
+
+
+def _is_of_block(recipe: Recipe) -> bool:
+    return recipe.depth == 1 and not isinstance(recipe.rebuild, Product | functools.partial)
+
+
+def _claims_of(step: Step) -> Iterator[Claim]:
+    """The claims among the operands of a step and of the steps before it."""
+    for operand in step.operands:
+        content: Any = getattr(operand, "content", operand)
+        if isinstance(content, Step):
+            yield from _claims_of(content)
+        elif isinstance(content, Claim):
+            yield content
