@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,27 +39,42 @@ def _devices() -> tuple[str, ...]:
 
 
 class BufferSnapshot:
-    """The value of a buffer before a call, and whether the call has written to the buffer.
+    """The value of a buffer before a call, for a second run of the call.
 
     Batch norms write to their buffers without a new version, so small buffers are compared. On a GPU a comparison would
-    wait for the device, so buffers of a norm in training count as written.
+    wait for the device, so buffers of a norm in training count as written. The copies of small buffers are kept, for
+    writes by others before the second run; calls share a copy until the buffer changes.
+
+    Attributes:
+        tensor: the buffer.
+        is_written: whether the call has written to the buffer; True until `end_call`.
     """
 
     _MOST = 65536
 
     def __init__(self, tensor: Tensor, module: nn.Module) -> None:
         self.tensor = tensor
+        self.is_written = True
         self._is_moved = module.training and module._buffers.get("running_mean") is not None
         self._version = None if tensor.is_inference() else tensor._version
         is_compared = tensor.numel() <= self._MOST and type(tensor) is Tensor and tensor.layout is torch.strided
-        self._value = tensor.detach().clone() if is_compared else None
+        self._copy = _copy_of(tensor, self._version, not self._is_moved) if is_compared else None
 
-    def is_written(self) -> bool:
-        if self._version is not None and self.tensor._version != self._version:
-            return True
-        if self._value is None or self.tensor.is_cuda:
-            return self._value is not None and self._is_moved
-        return not torch.equal(self._value, self.tensor)
+    def end_call(self) -> None:
+        """Finds out whether the call has written to the buffer."""
+        if self._has_new_version():
+            return
+        if self._copy is None or self.tensor.is_cuda:
+            self.is_written = self._copy is not None and self._is_moved
+        else:
+            self.is_written = not torch.equal(self._copy.value, self.tensor)
+
+    def _has_new_version(self) -> bool:
+        return self._version is not None and self.tensor._version != self._version
+
+    def is_needed(self) -> bool:
+        """Whether a second run would find another value: the call, or someone since, has written to the buffer."""
+        return self.is_written or self._has_new_version()
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -68,12 +84,13 @@ class BufferSnapshot:
         The values are written through `.data`, and the version counter returns too: a node may have saved the buffer.
         """
         current = self.tensor.detach().clone()
-        if self._value is not None:
-            self.tensor.data.copy_(self._value)
-        elif self.is_written():
+        if self._copy is not None:
+            self.tensor.data.copy_(self._copy.value)
+        elif self._has_new_version():
             raise RuntimeError(
-                f"a checkpointed layer writes to a buffer of {self.tensor.numel():,} elements; expected at most "
-                f"{self._MOST:,}, of which a copy is kept, or a layer that is not checkpointed"
+                f"a buffer of a checkpointed layer, {self.tensor.dtype} {tuple(self.tensor.shape)}, was modified by an "
+                f"in-place operation of the layer or since; expected at most {self._MOST:,} elements, of which a copy "
+                "is kept, or a layer that is not checkpointed"
             )
         is_versioned = self._version is not None
         try:
@@ -85,3 +102,34 @@ class BufferSnapshot:
                 yield
         finally:
             self.tensor.data.copy_(current)
+
+
+class _Copy:
+    """A copy of a small buffer."""
+
+    __slots__ = ("__weakref__", "source", "value", "version")
+
+    def __init__(self, tensor: Tensor, version: int | None) -> None:
+        self.source = weakref.ref(tensor)
+        self.version = version
+        self.value = tensor.detach().clone()
+
+    def is_of(self, tensor: Tensor, version: int | None) -> bool:
+        """Whether the copy has the present values. On a GPU the version decides, to not wait for the device."""
+        if self.source() is not tensor or self.version != version or version is None:
+            return False
+        return tensor.is_cuda or torch.equal(self.value, tensor)
+
+
+# The last copy of each buffer, by the identity of the buffer.
+_copies: "weakref.WeakValueDictionary[int, _Copy]" = weakref.WeakValueDictionary()
+
+
+def _copy_of(tensor: Tensor, version: int | None, may_share: bool) -> _Copy:
+    known = _copies.get(id(tensor)) if may_share else None
+    if known is not None and known.is_of(tensor, version):
+        return known
+    copy = _Copy(tensor, version)
+    if may_share:
+        _copies[id(tensor)] = copy
+    return copy

@@ -1,4 +1,4 @@
-"""Layers at "checkpoint" that ask what their arguments are: objects, attributes, leaves; and layers that must not run
+"""Layers at "checkpoint": arguments, buffers and attributes are those of the first pass; and layers that must not run
 again."""
 
 import copy
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_kernels
+from ckpt_kernels.call_state import BufferSnapshot
 from ckpt_kernels.check import check
+from ckpt_kernels.thin import direct
 
 WIDTH = 6
 
@@ -64,6 +66,73 @@ def test_a_layer_finds_the_arguments_of_the_first_pass(condition: str, is_leaf: 
     expected = gradients(net, is_leaf)
     ckpt_kernels.convert(net, recompute={"layers.*": "checkpoint"})
     torch.testing.assert_close(gradients(net, is_leaf), expected)
+
+
+class Scaled(nn.Module):
+    """A layer with a buffer and a tensor attribute, which somebody moves between the passes."""
+
+    def __init__(self, size: int = WIDTH) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("scale", torch.ones(size))
+        self.shift = torch.ones(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) + self.scale[:WIDTH] + self.shift[:WIDTH]).exp()
+
+    def move(self) -> None:
+        self.scale.mul_(0.7)
+        self.shift.sub_(0.2)
+
+
+class Moving(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        self.move()
+        return super().forward(x)
+
+
+def passes(net: nn.Module) -> list[Tensor]:
+    """Two forward passes, then one backward pass, with writes after each forward pass; and the tensors at the end."""
+    x = torch.linspace(-1, 1, 2 * WIDTH, dtype=torch.float64).view(2, WIDTH).requires_grad_()
+    loss = x.sum() * 0
+    for factor in (1, 2):
+        loss = loss + net(x * factor).sum()
+        for layer in net:
+            layer.move()
+    held = [tensor.clone() for layer in net for tensor in (layer.scale, layer.shift)]
+    return [*torch.autograd.grad(loss, [x, *net.parameters()]), *held]
+
+
+@pytest.mark.parametrize("library", (direct.thin_module, None))
+@pytest.mark.parametrize("kind", (Scaled, Moving))
+def test_tensors_written_between_the_passes_have_the_values_of_the_first(
+    kind: type[Scaled], library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "thin_module", library)
+    torch.manual_seed(0)
+    net = nn.Sequential(kind(), kind()).double()
+    for layer in net:
+        layer.shift = layer.shift.double()
+    twin = copy.deepcopy(net)
+    ckpt_kernels.convert(twin, recompute={"0": "checkpoint", "1": "checkpoint"})
+    torch.testing.assert_close(passes(twin), passes(net))
+
+
+def test_a_write_to_a_large_buffer_between_the_passes_is_an_error() -> None:
+    net = nn.Sequential(Scaled(2**16 + 1))
+    ckpt_kernels.convert(net, recompute={"0": "checkpoint"})
+    loss = net(torch.ones(2, WIDTH)).sum()
+    net[0].move()
+    with pytest.raises(RuntimeError, match=r"a buffer of a checkpointed layer, torch.float32 \(65537,\), was modified"):
+        loss.backward()
+
+
+def test_calls_share_the_copies_of_a_buffer_that_nobody_writes_to() -> None:
+    layer = Scaled()
+    first, second = (BufferSnapshot(layer.scale, layer) for _ in range(2))
+    layer.scale.add_(1)
+    third = BufferSnapshot(layer.scale, layer)
+    assert first._copy is second._copy is not third._copy
 
 
 class Inner(nn.Module):

@@ -83,7 +83,7 @@ class Call:
         self.args: tuple = ()
         self.kwargs: dict[str, Any] = {}
         self.saved: list[weakref.ref[Saved]] = []
-        self.written: list[BufferSnapshot] = []
+        self.buffers: list[BufferSnapshot] = []
         self.autocast = autocast_state()
         self.backend = backends.chosen()
         # In distributed runs sharding exchanges, gathers and frees parameters between the passes.
@@ -117,8 +117,9 @@ class Call:
         with contextlib.ExitStack() as stack:
             if self.states is not None:
                 stack.enter_context(self.states.restored(list(tensors_among((args, kwargs)))))
-            for buffer in self.written:
-                stack.enter_context(buffer.restored())
+            for buffer in self.buffers:
+                if buffer.is_needed():
+                    stack.enter_context(buffer.restored())
             if backends.chosen() != self.backend:
                 stack.enter_context(backends.serving(self.backend))
             if autocast_state() != self.autocast:

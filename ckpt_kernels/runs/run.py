@@ -64,7 +64,7 @@ class Run:
         # The layer may ask for gradients within its forward pass. So while it runs, all buffers and generators count as
         # changed.
         call.random = self._random_state(held, tensors)
-        call.written = buffers = [BufferSnapshot(*buffer) for buffer in held.buffers]
+        call.buffers = [BufferSnapshot(*buffer) for buffer in held.buffers]
         self._calls.append(call)
         if call.states is not None:
             call.states.note_arguments(tensors)
@@ -84,7 +84,8 @@ class Run:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             output = call.function(*args, **kwargs)
         is_running = False
-        call.written = [buffer for buffer in buffers if buffer.is_written()]
+        for buffer in call.buffers:
+            buffer.end_call()
         if call.states is not None:
             call.states.forget_unread()
         for number, tensor in enumerate(tensors_among(output)):
