@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 
 from .arguments import size
 from .convert.code.memoization import shared_results
@@ -130,7 +131,8 @@ class Offloading:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hooks._saved_tensors_hooks_is_enabled():
             return forward(module, *args, **kwargs)
         before = _alive(self._last)
-        own_storages = {tensor.untyped_storage()._cdata for tensor in tensors_of(module, buffers=True)}
+        tensors = tensors_of(module, buffers=True)
+        own_storages = {tensor.untyped_storage()._cdata for tensor in tensors if not is_lazy(tensor)}
         call = LayerCall(self._schedule, self._least, own_storages)
         if before is not None:
             call.before = weakref.ref(before)
@@ -215,7 +217,8 @@ class LayerCall:
         storage = tensor.untyped_storage() if _is_plain(tensor) else None
         if storage is None or tensor.nbytes < self._least or storage._cdata in self._stay:
             if self._outer is None:
-                return version_checked(tensor, "a tensor that a layer keeps")
+                # Detached, because a parameter may be given other data before the backward pass.
+                return version_checked(tensor.detach(), "a tensor that a layer keeps")
             return functools.partial(self._outer[1], self._outer[0](tensor))
         watch = version_watch(tensor)
         assert watch is not None, "a plain tensor has a version counter"

@@ -351,3 +351,24 @@ def test_levels_that_cannot_be_offloaded_are_an_error(spelled: str) -> None:
         ckpt_kernels.convert(blocks(), recompute={"0": spelled})
     with pytest.raises(ValueError, match="recompute is 'output, offload', a level of single modules; expected"):
         ckpt_kernels.convert(blocks(), recompute="output, offload")
+
+
+def test_lazy_modules_train_in_an_offloaded_layer() -> None:
+    model, x = nn.Sequential(nn.Sequential(nn.LazyLinear(16), nn.GELU(), nn.Linear(16, 4))), torch.randn(2, 8)
+    twin = copy.deepcopy(model)
+    offload.offload(model, "0", least=1)
+    model(x)
+    twin.load_state_dict(model.state_dict())
+    for got, want in zip(gradients(model, x), gradients(twin, x), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_weight_with_other_data_has_the_gradient_for_the_values_of_the_forward_pass() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)), torch.randn(2, 8, requires_grad=True)
+    expected = torch.autograd.grad(model(x).sum(), x)
+    for whole in (False, True):
+        twin = nn.Sequential(copy.deepcopy(model))
+        offload.offload(twin, "0" if whole else "0.2", least=1)
+        output = twin(x)
+        twin[0][2].weight.data = torch.zeros(4, 16)
+        torch.testing.assert_close(torch.autograd.grad(output.sum(), x), expected)
