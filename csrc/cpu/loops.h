@@ -8,3 +8,4 @@
 #include "rotary_rows.h"
 #include "row_norm_rows.h"
 #include "sum_rows.h"
+#include "transpose_rows.h"

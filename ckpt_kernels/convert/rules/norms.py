@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from ... import functional as F
 from ... import recompute, thin
+from ...arguments import number
+from ...functional.map_norm import map_norm
+from ...ops.map_norm import MapNormOptions
 from ..code.reachability import is_unchanged
 from ..code.settings import Settings
 from ..code.snapshots import CodeSnapshot
@@ -188,10 +191,19 @@ class RowNorm(Norm):
                 return None
             rows = self._fused(activation, *self._operands(module, input.permute(order), weight, bias))
             return _as_no_view(rows.permute([order.index(dimension) for dimension in range(input.dim())]))
+        if computes_as_map(input, weight, bias):
+            return self._over_channels(activation, *self._operands(module, input, weight, bias))
         output = self._fused(activation, *self._operands(module, input.movedim(1, -1), weight, bias)).movedim(-1, 1)
         if self.contiguous and input.is_contiguous() and not output.is_contiguous():
             return output.contiguous()
         return _as_no_view(output)
+
+    def _over_channels(
+        self, activation: str, input: Tensor, _: Any, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        channels_last = not (self.contiguous and input.is_contiguous())
+        options = self.centered, activation, self.weight_offset, self.cast_before_weight, channels_last
+        return map_norm(input, weight, bias, MapNormOptions(number(eps, "eps"), *options))
 
     def _fused(
         self, activation: str, input: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -222,6 +234,19 @@ class RowNorm(Norm):
         settings += ["channels first"] if self.channels_first else []
         name = "layer_norm" if self.centered else "rms_norm"
         return name + (f" ({', '.join(settings)})" if settings else "")
+
+
+def computes_as_map(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a norm over channels is computed from the map as it lies, for an input that `is_dense_map`.
+
+    Where a dimension has one element both layouts are one; then, and for the gradient of a bias alone, which keeps
+    nothing, the channels are moved.
+    """
+    if type(input) is not Tensor or input.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    is_bias_alone = bias is not None and bias.requires_grad and not input.requires_grad
+    is_bias_alone = is_bias_alone and (weight is None or not weight.requires_grad)
+    return min(input.shape[1:]) > 1 and not (is_bias_alone and torch.is_grad_enabled())
 
 
 def _as_no_view(output: Tensor) -> Tensor:
