@@ -2,8 +2,8 @@
 //
 // In channels_last the channels of a pixel are a row. In contiguous maps each channel of a sample is a plane of pixels:
 // tiles of pixels are transposed into scratch that stays in the second-level cache, where the loops of row_norm_rows.h
-// compute them, and results are transposed back. So every map is read and written once, and the numbers are those of
-// rows.
+// compute them, and results are transposed back; an output in planes of an input in planes is computed along the planes
+// (map_norm_rows.h). So every map is read from memory and written once, and the numbers are those of rows.
 #include "coefficient.h"
 #include "device.h"
 #include "row_tasks.h"
@@ -70,6 +70,11 @@ class MapOperands : public Operands<View> {
     }
   }
 
+  // The channels of a tile of a map in planes.
+  Rows planes(const Map& map, Pixels tile) const {
+    return {map.data + (tile.begin / size_ * channels * size_ + tile.begin % size_) * element, size_};
+  }
+
   // The rows of a tile of a map: where they lie, or in scratch.
   Rows rows(const Map& map, Pixels tile, char* scratch) const {
     if (!map) return {};
@@ -77,12 +82,14 @@ class MapOperands : public Operands<View> {
   }
   Rows read_rows(const Map& map, Pixels tile, char* scratch) const {
     if (map.planes)
-      transpose_loops(kind).transpose(plane(map, tile), size_, channels, tile.end - tile.begin, scratch, channels);
+      transpose_loops(kind).transpose(planes(map, tile).data, size_, channels, tile.end - tile.begin, scratch,
+                                      channels);
     return rows(map, tile, scratch);
   }
   void write_rows(const Map& map, Pixels tile, const char* scratch) const {
     if (map.planes)
-      transpose_loops(kind).transpose(scratch, channels, tile.end - tile.begin, channels, plane(map, tile), size_);
+      transpose_loops(kind).transpose(scratch, channels, tile.end - tile.begin, channels, planes(map, tile).data,
+                                      size_);
   }
 
  private:
@@ -94,11 +101,6 @@ class MapOperands : public Operands<View> {
       expected *= t.size(dim);
     }
     return true;
-  }
-
-  // A tile's first pixel in the first plane.
-  char* plane(const Map& map, Pixels tile) const {
-    return map.data + (tile.begin / size_ * channels * size_ + tile.begin % size_) * element;
   }
 
   int64_t samples_, size_;
@@ -151,6 +153,7 @@ void map_norm_forward(View input, std::optional<View> weight, std::optional<View
   const MapOperands& operands = norm.operands;
   const Map target = operands.map("output", output);
   const RowNormLoops& loops = row_norm_loops(operands.kind);
+  const MapNormLoops& map_loops = map_norm_loops(operands.kind);
   const int64_t pixels = operands.pixels(), unit = operands.tile_pixels(), units = divide_up(pixels, unit);
   const int64_t shares = shares_of(units, grain(operands.channels * unit)), bytes = operands.tile_bytes();
   const bool planes = norm.input.planes || target.planes;
@@ -162,6 +165,13 @@ void map_norm_forward(View input, std::optional<View> weight, std::optional<View
       RowNormForward a = norm.block<RowNormForward>(tile, activation, cast_before_weight);
       a.eps = eps;
       a.given_statistics = given_statistics;
+      if (norm.input.planes && target.planes) {
+        if (!given_statistics) {
+          a.input = operands.read_rows(norm.input, tile, read);
+          map_loops.statistics(a);
+        }
+        return map_loops.output(a, operands.planes(norm.input, tile), operands.planes(target, tile));
+      }
       a.input = operands.read_rows(norm.input, tile, read);
       a.output = operands.rows(target, tile, written);
       loops.forward(a, 0, a.rows, nullptr);
