@@ -78,8 +78,7 @@ def _pieces() -> Tensor:
 def _map_norm(*maps: str) -> dict[str, object]:
     numbers = {"eps": 1e-5, "activation": 1, "weight_offset": 0.0, "cast_before_weight": False}
     pixels = {"mean": many(SAMPLES * COLUMNS), "rstd": many(SAMPLES * COLUMNS), "given_statistics": False}
-    affine = _channels("weight", "bias", "grad_weight", "grad_bias")
-    return {name: many(SAMPLES, 3, COLUMNS) for name in maps} | affine | pixels | numbers
+    return {name: many(SAMPLES, 3, COLUMNS) for name in maps} | _channels("weight", "bias") | pixels | numbers
 
 
 # Each op with all its tensors; variants of a block with other tensors are separate calls.
@@ -219,7 +218,10 @@ if DEVICE == "cpu":
             ),
         ),
         "map": ("map_norm_forward", lambda: _map_norm("input", "output")),
-        "map backward": ("map_norm_backward", lambda: _map_norm("input", "grad_output", "grad_input")),
+        "map backward": (
+            "map_norm_backward",
+            lambda: _map_norm("input", "grad_output", "grad_input") | _channels("grad_weight", "grad_bias"),
+        ),
     }
 
 # Arguments that an op converts from any floating-point dtype.
