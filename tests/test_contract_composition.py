@@ -13,6 +13,7 @@ from ckpt_kernels.backends.blocks import RowNormOptions
 from ckpt_kernels.catalogue.block import Block
 from ckpt_kernels.catalogue.blocks import BLOCKS
 from ckpt_kernels.catalogue.linear import PAIRS
+from ckpt_kernels.ops.map_norm import MapNormOptions
 
 from .blocks import by_block, with_gradients
 from .conftest import DEVICE, interprets, serving, where
@@ -169,12 +170,14 @@ def op_arguments() -> dict[str, tuple]:
         "bias_act": (x, w, seed, "silu", 0.25),
         "dyt": (x, random(1), w, b),
         "channel_norm": (x, y, random(4), random(4), None, None, 2, 1e-5, "silu"),
+        "map_norm": (x, random(4), random(4), *MapNormOptions(1e-5, True, "silu", 0.0, False, True)),
+        "map_norm, rms": (x, random(4), None, *MapNormOptions(1e-5, False, "silu", 0.0, False, False)),
     }
 
 
 FORWARD_OPS = {
     name
-    for family in (ops.row_norm, ops.glu, ops.bias_act, ops.dyt, ops.channel_norm)
+    for family in (ops.row_norm, ops.glu, ops.bias_act, ops.dyt, ops.channel_norm, ops.map_norm)
     for name, value in vars(family).items()
     if isinstance(value, ops.block.Block)
 }

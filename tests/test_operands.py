@@ -75,6 +75,12 @@ def _pieces() -> Tensor:
     return many(SAMPLES, 1, 3)
 
 
+def _map_norm(*maps: str) -> dict[str, object]:
+    numbers = {"eps": 1e-5, "activation": 1, "weight_offset": 0.0, "cast_before_weight": False}
+    pixels = {"mean": many(SAMPLES * COLUMNS), "rstd": many(SAMPLES * COLUMNS), "given_statistics": False}
+    return {name: many(SAMPLES, 3, COLUMNS) for name in maps} | _channels("weight", "bias") | pixels | numbers
+
+
 # Each op with all its tensors; variants of a block with other tensors are separate calls.
 CALLS: dict[str, tuple[str, Callable[[], dict[str, object]]]] = {
     "residual": (
@@ -210,6 +216,11 @@ if DEVICE == "cpu":
                 | _PIECES
                 | _SETS
             ),
+        ),
+        "map": ("map_norm_forward", lambda: _map_norm("input", "output")),
+        "map backward": (
+            "map_norm_backward",
+            lambda: _map_norm("input", "grad_output", "grad_input") | _channels("grad_weight", "grad_bias"),
         ),
     }
 

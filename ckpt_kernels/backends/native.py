@@ -62,6 +62,11 @@ _SCHEMAS = (
     " Tensor var, Tensor(a!)? grad_input, Tensor(b!)? grad_residual, Tensor(c!)? grad_weight, Tensor(d!)? grad_bias,"
     " bool planes, int samples, int piece_rows, int groups, float count, float eps, bool fixed, int activation,"
     " bool by_output) -> ()",
+    "map_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? mean, Tensor(b!) rstd, Tensor(c!) output,"
+    " float eps, int activation, float weight_offset, bool cast_before_weight, bool given_statistics) -> ()",
+    "map_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd,"
+    " Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, int activation, float weight_offset,"
+    " bool cast_before_weight) -> ()",
     "cpu_isa() -> str",
 )
 
@@ -194,6 +199,10 @@ channel_backward = _by_name(_ops.channel_backward.default, 1)
 WHOLE_CHANNEL_NORMS = ("cpu",)
 channel_norm_forward = _by_name(_ops.channel_norm_forward.default, 1)
 channel_norm_backward = _by_name(_ops.channel_norm_backward.default, 1)
+# The devices with ops for row norms over the channels of maps.
+MAP_NORMS = ("cpu",)
+map_norm_forward = _by_name(_ops.map_norm_forward.default, 3)
+map_norm_backward = _by_name(_ops.map_norm_backward.default, 2)
 
 
 def _for_device(op: torch._ops.OpOverload, elsewhere: Callable[..., None]) -> Callable[..., None]:

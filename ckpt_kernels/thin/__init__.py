@@ -7,7 +7,7 @@ of the same shapes and dtypes. The plan runs the same kernels on the same operan
 calls that a plan cannot serve, take the full path, with the full path's errors.
 """
 
-from . import bias_act, channel_norm, glu, linear, row_norm
+from . import bias_act, channel_norm, glu, linear, map_norm, row_norm
 from .plan_cache import plan_of, remember
 
-__all__ = ["bias_act", "channel_norm", "glu", "linear", "plan_of", "remember", "row_norm"]
+__all__ = ["bias_act", "channel_norm", "glu", "linear", "map_norm", "plan_of", "remember", "row_norm"]

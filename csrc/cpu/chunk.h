@@ -9,6 +9,9 @@ namespace ckpt::CKPT_ISA {
 // A multiple of every vector width, and of the four columns that one draw of Philox serves.
 constexpr int64_t chunk_columns = 512;
 
+// Rows of at most this many columns are processed in tiles, which then stay in the first-level cache.
+constexpr int64_t tile_columns = 1024;
+
 template <class S>
 struct Chunk {
   alignas(64) S value[chunk_columns];

@@ -59,6 +59,16 @@ struct SumLoops {
   // sum = (onto ? sum : 0) + `count` rows in their order, for the columns from begin to end, in the compute type.
   void (*sum_rows)(const void* rows, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum, bool onto);
 };
+struct MapNormLoops {
+  // The rows of the block are pixels. The rows of `input` and `output` are channels.
+  void (*statistics)(const RowNormForward&);
+  void (*output)(const RowNormForward&, Rows input, Rows output);
+};
+struct TransposeLoops {
+  // Elements of the storage type; strides, in elements, are those between rows.
+  void (*transpose)(const void* source, int64_t source_stride, int64_t rows, int64_t columns, void* target,
+                    int64_t target_stride);
+};
 
 #define CKPT_LOOPS(X)                     \
   X(RowNormLoops, row_norm_loops)         \
@@ -67,7 +77,9 @@ struct SumLoops {
   X(DytLoops, dyt_loops)                  \
   X(RotaryLoops, rotary_loops)            \
   X(ChannelNormLoops, channel_norm_loops) \
-  X(SumLoops, sum_loops)
+  X(MapNormLoops, map_norm_loops)         \
+  X(SumLoops, sum_loops)                  \
+  X(TransposeLoops, transpose_loops)
 
 #define CKPT_DECLARE(Loops, name) const Loops& name(ScalarKind kind);
 // name(kind) returns the loops of the best set for a storage type; avx2::name(kind) etc. return those of one set.

@@ -94,20 +94,20 @@ CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, T, U>* ro
   const bool cast = a.cast_before_weight;
   // Copies, because the compiler reads memory again after each store.
   BackwardRow<S, T, U> row[tile_rows];
-  const T *next_u[tile_rows], *next_g[tile_rows];
+  const T* written[tile_rows];
   Vec<S> sum_h[tile_rows], sum_h_x_hat[tile_rows];  // of this chunk, one sum a lane
   for (int i = 0; i < tile_rows; ++i) {
     row[i] = rows[i];
     sum_h[i] = sum_h_x_hat[i] = Vec<S>(S(0));
-    next_u[i] = a.input.row<const T>(rows[i].ahead) + j0;
-    next_g[i] = a.grad_output.row<const T>(rows[i].ahead) + j0;
+    // Narrow tiles stay in the first-level cache, where the second pass then finds the lines to write.
+    const bool is_narrow = a.grad_input && a.columns <= tile_columns;
+    written[i] = is_narrow ? a.grad_input.row<const T>(rows[i].index) + j0 : nullptr;
   }
   step<S>(n, [&](int64_t j, auto lanes) {
     Vec<S> weight = load(w + j, lanes), bias = load(b + j, lanes);
     Vec<S> gw = load(grad_weight + j, lanes), gb = load(grad_bias + j, lanes);
     for (int i = 0; i < tile_rows; ++i) {
-      prefetch(next_u[i] + j);
-      if (Epilogue::stores_h) prefetch(next_g[i] + j);
+      if (written[i]) prefetch_for_write(written[i] + j);
       Vec<S> x_hat = row[i].x_hat(j0 + j, lanes), rounded = rounded_if<S, T>(cast, x_hat);
       Vec<S> grad = load(row[i].grad_output + j0 + j, lanes);
       Vec<S> g = epilogue.grad_z(row[i], j0 + j, lanes, grad, rounded, weight, bias);
@@ -140,7 +140,9 @@ void distribute_row(const RowNormBackward& a, const BackwardRow<S, T, U>& r) {
   const Vec<S> mean(r.mean), rstd(r.rstd), by_deviation(-r.rstd * r.rstd * c1), constant(-r.rstd * c2);
   const U* u = r.u;
   const S* grad_x_hat = r.grad_x_hat;
-  const T *grad_output = r.grad_output, *next = a.grad_output.row<const T>(r.ahead);
+  // Prefetched here, row by row, because the processor's own prefetching follows one row better than a tile of rows.
+  const T *next_u = a.input.row<const T>(r.ahead), *next_g = a.grad_output.row<const T>(r.ahead);
+  const T* grad_output = r.grad_output;
   Written<T> grad_input(a.grad_input, row, a.rows, a.columns);
   // The residual's gradient is computed from grad_input, which therefore should stay in the cache.
   if (a.grad_residual) grad_input.streams = false;
@@ -149,7 +151,8 @@ void distribute_row(const RowNormBackward& a, const BackwardRow<S, T, U>& r) {
     int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
     const S* w = weight.at(j0);
     auto grad_u = [&](int64_t j, auto lanes, auto slot) CKPT_INLINE_BODY {
-      if (!h_is_stored) prefetch_lines(next + j0 + j, slot);
+      prefetch_lines(next_u + j0 + j, slot);
+      prefetch_lines(next_g + j0 + j, slot);
       Vec<S> h =
           h_is_stored ? load(grad_x_hat + j0 + j, lanes) : load(grad_output + j0 + j, lanes) * load(w + j, lanes);
       return (load(u + j0 + j, lanes) - mean) * by_deviation + (h * rstd + constant);

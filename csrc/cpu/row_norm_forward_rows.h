@@ -76,9 +76,6 @@ CKPT_INLINE void finish_row(const RowNormForward& a, int64_t row, int64_t ahead,
   });
 }
 
-// Rows of at most this many columns are processed in tiles, which then stay in the first-level cache.
-constexpr int64_t tile_columns = 1024;
-
 // All rows from begin to end, `count` at a time. source(row, i) returns u of a row, which is the i-th of the tile. The
 // first row of the last tile stands in for missing rows.
 template <int count, class S, class T, class U, class Source>

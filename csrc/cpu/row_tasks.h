@@ -73,12 +73,13 @@ struct RowTasks {
   static constexpr int64_t most = 64, least_rows = 32, most_rows = 2048, wave_elements = 1 << 21;
   int64_t groups, group_rows, group_tasks, task_rows, wave;
 
-  RowTasks(int64_t rows, int64_t rows_per_group, int64_t columns)
+  // The rows of a task are a multiple of `multiple`, except those of the last.
+  RowTasks(int64_t rows, int64_t rows_per_group, int64_t columns, int64_t multiple = tile_rows)
       : groups(rows / rows_per_group), group_rows(rows_per_group) {
     group_tasks = divide_up(group_rows, least_rows);
     if (group_tasks > most) group_tasks = most;
     if (group_tasks * most_rows < group_rows) group_tasks = divide_up(group_rows, most_rows);
-    task_rows = divide_up(divide_up(group_rows, group_tasks), tile_rows) * tile_rows;
+    task_rows = divide_up(divide_up(group_rows, group_tasks), multiple) * multiple;
     group_tasks = divide_up(group_rows, task_rows);
     wave = divide_up(wave_elements, task_rows * columns);
     const int64_t threads = torch::stable::get_num_threads();

@@ -177,7 +177,8 @@ CKPT_INLINE Vec<S> rounded_if(bool cast, Vec<S> x_hat) {
   return cast && sizeof(T) < sizeof(S) ? round_to<S, T>(x_hat) : x_hat;
 }
 
-// Prefetches into the second-level cache, so that the next row does not evict the present row from the first level.
-CKPT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Prefetches for reading, and for writing: a store to a line that is not in the cache waits in a short queue.
+CKPT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+CKPT_INLINE void prefetch_for_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 }  // namespace ckpt::CKPT_ISA

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ... import functional as F
 from ... import recompute, thin
+from ...functional.map_norm import map_norm
 from ..code.reachability import is_unchanged
 from ..code.settings import Settings
 from ..code.snapshots import CodeSnapshot
@@ -188,10 +189,30 @@ class RowNorm(Norm):
                 return None
             rows = self._fused(activation, *self._operands(module, input.permute(order), weight, bias))
             return _as_no_view(rows.permute([order.index(dimension) for dimension in range(input.dim())]))
+        output = self._over_channels(activation, *self._operands(module, input, weight, bias))
+        if output is not None:
+            return output
         output = self._fused(activation, *self._operands(module, input.movedim(1, -1), weight, bias)).movedim(-1, 1)
         if self.contiguous and input.is_contiguous() and not output.is_contiguous():
             return output.contiguous()
         return _as_no_view(output)
+
+    def _over_channels(
+        self, activation: str, input: Tensor, _: Any, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor | None:
+        """The norm from the map as it lies, for an input that `is_dense_map`; None where the channels must be moved.
+
+        That is so on other devices, where a dimension has one element, so that both layouts are one, and for the
+        gradient of a bias alone, which then keeps nothing.
+        """
+        if type(input) is not Tensor or not input.is_cpu or 1 in input.shape[1:] or torch.compiler.is_compiling():
+            return None
+        is_alone = not (input.requires_grad or (weight is not None and weight.requires_grad))
+        if is_alone and bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            return None
+        channels_last = not (self.contiguous and input.is_contiguous())
+        options = self.weight_offset, self.cast_before_weight, channels_last
+        return map_norm(input, weight, bias, (eps, self.centered, activation, *options))
 
     def _fused(
         self, activation: str, input: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
