@@ -55,6 +55,30 @@ class Runs(nn.Module):
             h = self.act(h)
         return h
 
+    # fmt: off
+    def over_lines(self, x: Tensor) -> Tensor:
+        h = self.down(
+            self.gate(
+                x
+            )
+        )
+        h = self.norm(
+            x
+            + h
+        )
+        h = (
+            self.act(
+                self.norm(
+                    self.down(self.gate(h))
+                )
+            )
+        )
+        return self.down(
+            self.act(self.gate(h))
+            * self.up(h)
+        )
+    # fmt: on
+
     def gated(self, x: Tensor) -> Tensor:
         gate = self.act(self.gate(x))
         value = self.up(x)
@@ -112,6 +136,14 @@ def test_debuggers_stop_once_at_each_line(how: str, change: Callable[[nn.Module]
     model, x = converted(how), random_tensor(3, WIDTH)
     change(model)
     assert lines_of(model, x, how) == lines_of(Runs(how).to(DEVICE), x, how)
+
+
+@pytest.mark.parametrize("change", (lambda model: None, hooked), ids=("fused", "as written"))
+def test_debuggers_reach_all_lines_of_long_expressions(change: Callable[[nn.Module], None]) -> None:
+    model, x = converted("over_lines"), random_tensor(3, WIDTH)
+    change(model)
+    ours, theirs = lines_of(model, x, "over_lines"), lines_of(Runs("over_lines").to(DEVICE), x, "over_lines")
+    assert list(dict.fromkeys(ours)) == list(dict.fromkeys(theirs))
 
 
 @pytest.mark.parametrize("missing", ("norm", "act", "down", "gate"))

@@ -331,9 +331,7 @@ def counted(level: str, size: int, kind: type[Counter] = Counter) -> list[Tensor
 def test_buffers_that_a_layer_writes_to_and_reads() -> None:
     for kind in (Counter, NormedCounter):
         torch.testing.assert_close(counted("none", 1, kind), counted("checkpoint", 1, kind))
-    with pytest.raises(
-        RuntimeError, match=r"a buffer of a checkpointed layer, .* \(8192, 16\), was modified"
-    ):
+    with pytest.raises(RuntimeError, match=r"a buffer of a checkpointed layer, .* \(8192, 16\), was modified"):
         counted("checkpoint", 8192)
 
 

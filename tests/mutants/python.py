@@ -365,8 +365,8 @@ PYTHON = (
     Mutant(
         "a fused run has no code on the lines between the first and the last",
         "ckpt_kernels/convert/rewriting/rewrite.py",
-        "passing = «passed(statements[1:-1]) if norm is None else »[]",
-        "",
+        "passing = «passed(lines_without_code(written, condition, *computed), computed[-1])»",
+        "[]",
         "tests/test_convert_lines.py -k once",
     ),
     Mutant(

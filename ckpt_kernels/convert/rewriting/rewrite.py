@@ -33,18 +33,17 @@ from ..rules.in_place import following_writes
 from . import noted_operations as noted
 from .branch_tails import move_into_branches
 from .callable_objects import replacing_call
-from .fused_patterns import PATTERNS
 from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
 from .native_sites import native_site
 from .note_reasons import IN_LAYERS, is_indexed_by_list, reasons_to_note
 from .noted_trees import DEFINITIONS, NotedTrees
-from .reader import Match, Reader
+from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, exchanging, replacement_for
 from .result_list import condition_of, next_result
 from .roles import MethodRoles, Role, Roles, tried_act
-from .run_lines import loaded_early, passed
-from .run_matching import RunMatch, run_matches
+from .run_lines import after_lines, lines_without_code, loaded_early, passed
+from .run_matching import rank, run_matches
 from .templates import guarded_call
 
 
@@ -111,7 +110,7 @@ class _Rewriter(NotedTrees):
                 taken.update(indices)
                 replacements[run.begin] = run.end, self._gate_statements(gate, run, block)
         candidates = run_matches(self.reader, self.tree, block, self.written)
-        for match, begin, end, norm in sorted(candidates, key=_rank):
+        for match, begin, end, norm in sorted(candidates, key=rank):
             if taken.isdisjoint(indices := range(begin, end + 1)):
                 taken.update(indices)
                 replacements[begin] = end, self._fused_statements(match, norm, block.statements[begin : end + 1])
@@ -125,12 +124,11 @@ class _Rewriter(NotedTrees):
     def _fused_statements(self, match: Match, norm: ast.expr | None, statements: Sequence[ast.stmt]) -> ast.stmt:
         """The replacement for a run: see `run_matching.RunMatch`."""
         results = {id(match.root): next_result()} | ({} if norm is None else {id(norm): next_result()})
-        passing = passed(statements[1:-1]) if norm is None else []
         computed = [replaced(statement, results) for statement in (statements[-1:] if norm is None else statements)]
         captured = {id(operand.tree): next_result() for operand in match.captured}
         original = [replaced(statement, captured) for statement in statements]
         first: Any = statements[0]
-        return self._if_computed(self._has_computed(match, first.value), passing + computed, original)
+        return self._if_computed(self._has_computed(match, first.value), computed, original, statements)
 
     def _gate_statements(self, gate: TriedGate, run: GateRun, block: Block) -> ast.stmt:
         """The replacement for a run that is a gate."""
@@ -139,12 +137,15 @@ class _Rewriter(NotedTrees):
         condition = condition_of(ast.Call(self._cell(gate_at_site(gate)), arguments, []))
         self.descriptions.append(str(gate))
         computed = replaced(original[-1], {id(original[-1].value): next_result()})
-        return self._if_computed(at(original[0], condition), [*passed(original[1:-1]), computed], original)
+        return self._if_computed(at(original[0], condition), [computed], original, original)
 
-    def _if_computed(self, condition: ast.expr, computed: list[ast.stmt], original: list[ast.stmt]) -> ast.stmt:
-        """The `computed` statements if the fused call computes, else the original ones."""
+    def _if_computed(
+        self, condition: ast.expr, computed: list[ast.stmt], original: list[ast.stmt], written: Sequence[ast.stmt]
+    ) -> ast.stmt:
+        """The `computed` statements if the fused call computes, else the original ones, which were `written`."""
         self._originals.append(original)
-        return ast.copy_location(ast.If(condition, computed, original), original[0])
+        passing = passed(lines_without_code(written, condition, *computed), computed[-1])
+        return ast.copy_location(ast.If(condition, passing + computed, original), original[0])
 
     # Expressions
 
@@ -177,7 +178,9 @@ class _Rewriter(NotedTrees):
         captured = {id(operand.tree): next_result() for operand in match.captured}
         original = self._with_notes(replaced(match.root, captured))
         condition = self._has_computed(match, match.root)
-        return at(match.root, ast.IfExp(condition, next_result(), original))
+        result = at(match.root, next_result())
+        result = after_lines(lines_without_code([match.root], condition, result), result)
+        return at(match.root, ast.IfExp(condition, result, original))
 
     def _has_computed(self, match: Match, begins: ast.expr) -> ast.expr:
         """The condition that makes the guarded call, after the native call if the site has one.
@@ -191,20 +194,23 @@ class _Rewriter(NotedTrees):
         captured = [operand.name for operand in match.captured]
         formula = attempt.act if attempt.act.kind == "formula" else None
         function = guarded_call(pattern, captured, options, formula, tried_act(attempt.act))
-        keywords = [ast.keyword(operand.name, self._operand(operand.tree, begins)) for operand in match.operands]
+        keywords = [ast.keyword(operand.name, self._operand(operand, match, begins)) for operand in match.operands]
         condition = condition_of(ast.Call(self._cell(function), [], keywords))
         self.descriptions.append(attempt.description(pattern))
         if (native := native_site(match, self.scope.self_name, options)) is not None:
             native_call, arguments = native
-            loads = [self._operand(argument, begins) for argument in arguments]
+            loads = [self._plain_load(argument, begins) for argument in arguments]
             native_condition = condition_of(ast.Call(self._cell(native_call), loads, []))
             condition = ast.BoolOp(ast.Or(), [native_condition, condition])
         return at(begins, condition)
 
-    def _operand(self, tree: ast.expr, begins: ast.expr) -> ast.expr:
-        if not self.reader.is_plain(tree):
-            return self._rewrite(tree)
-        is_there = not hasattr(tree, "lineno") or any(node is tree for node in ast.walk(begins))
+    def _operand(self, operand: Operand, match: Match, begins: ast.expr) -> ast.expr:
+        if not self.reader.is_plain(operand.tree):
+            return self._rewrite(operand.tree)
+        return operand.tree if operand in match.captured else self._plain_load(operand.tree, begins)
+
+    def _plain_load(self, tree: ast.expr, begins: ast.expr) -> ast.expr:
+        is_there = getattr(tree, "lineno", begins.lineno) == begins.lineno
         return tree if is_there else loaded_early(tree, begins, self._cell(getattr))
 
     # Callees
@@ -238,8 +244,3 @@ class _Rewriter(NotedTrees):
             return callee
         self.descriptions += inner.descriptions
         return self._mapped(callee, replacing_call(method, inner.function))
-
-
-def _rank(candidate: RunMatch) -> tuple[int, int]:
-    """Larger patterns come first, and then longer runs."""
-    return PATTERNS.index(candidate.match.pattern), candidate.begin - candidate.end

@@ -27,6 +27,11 @@ class RunMatch(NamedTuple):
     norm: ast.expr | None = None
 
 
+def rank(candidate: RunMatch) -> tuple[int, int]:
+    """Larger patterns come first, and then longer runs."""
+    return fused_patterns.PATTERNS.index(candidate.match.pattern), candidate.begin - candidate.end
+
+
 def run_matches(
     reader: Reader, function: ast.FunctionDef, block: Block, written: Collection[str]
 ) -> Iterator[RunMatch]:
