@@ -52,6 +52,7 @@ MADE = {
     "LeakyReluBackward0": lambda n, p: TF.leaky_relu(n, 0.2),
     "LogBackward0": lambda n, p: n.sigmoid().log(),
     "LogSigmoidBackward0": lambda n, p: TF.logsigmoid(n),
+    "MaxPool2DWithIndicesBackward0": lambda n, p: TF.max_pool2d(n.view(1, 1, ROWS, WIDTH), 3, 1, 1).view(ROWS, WIDTH),
     "MishBackward0": lambda n, p: TF.mish(n),
     "MulBackward0": lambda n, p: n * n.sin(),
     "PowBackward0": lambda n, p: n**3,
@@ -87,6 +88,12 @@ MADE = {
     "NegBackward0": lambda n, p: -n,
     "SubBackward0": lambda n, p: torch.sub(n, n, alpha=3),
     "ToCopyBackward0": lambda n, p: n.double().sin().float(),
+    "UpsampleBilinear2DBackward0": lambda n, p: TF.interpolate(
+        n.view(1, 1, ROWS, WIDTH), scale_factor=(2, 1), mode="bilinear"
+    ).view(-1, WIDTH),
+    "UpsampleNearest2DBackward0": lambda n, p: TF.interpolate(n.view(1, 1, ROWS, WIDTH), size=(3, WIDTH)).view(
+        3, WIDTH
+    ),
     "SqueezeBackward0": lambda n, p: -(n.view(1, ROWS, WIDTH).squeeze()),
     "SqueezeBackward1": lambda n, p: -(n.view(1, ROWS, WIDTH).squeeze(-3)),
     "SqueezeBackward2": lambda n, p: -(n.view(1, ROWS, 1, WIDTH).squeeze((0, -2))),

@@ -152,6 +152,12 @@ _BY_INPUT = {
     "LeakyReluBackward0": Rule(F.leaky_relu, ("self",), _attributes("negative_slope")),
     "LogBackward0": Rule(torch.log, ("self",)),
     "LogSigmoidBackward0": Rule(F.logsigmoid, ("self",)),
+    "MaxPool2DWithIndicesBackward0": Rule(
+        torch.ops.aten.max_pool2d_with_indices,
+        ("self",),
+        _attributes("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+        has_several_outputs=True,
+    ),
     "MishBackward0": Rule(F.mish, ("self",)),
     "MulBackward0": Rule(torch.mul, ("self", "other")),
     "PowBackward0": Rule(torch.pow, ("self",), _attributes("exponent")),
@@ -197,6 +203,14 @@ _BY_NEITHER = {
     "NegBackward0": Rule(torch.neg, (None,)),
     "SubBackward0": Rule(_sub, (None, None), _attributes("alpha")),
     "ToCopyBackward0": Rule(_cast, (None,), _kind),
+    "UpsampleBilinear2DBackward0": Rule(
+        torch.ops.aten.upsample_bilinear2d,
+        (None,),
+        _attributes("output_size", "align_corners", "scales_h", "scales_w"),
+    ),
+    "UpsampleNearest2DBackward0": Rule(
+        torch.ops.aten.upsample_nearest2d, (None,), _attributes("output_size", "scales_h", "scales_w")
+    ),
 }
 # Nodes of ops whose output may have been written over the operand. Some of these ops have no such form.
 WRITERS = frozenset({*_BY_INPUT, *BY_RESULT, "AddBackward0", "AddcmulBackward0", "NegBackward0", "SubBackward0"})
