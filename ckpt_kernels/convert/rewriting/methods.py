@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...activations import NAMES
@@ -38,25 +37,22 @@ from .note_reasons import ADAPTER, BIASED, noted_roles
 from .rewrite import rewritten_method
 from .roles import GATE, MethodRoles, Role, may_match_any, role_of, role_of_method
 
-_NORMS = frozenset(norm.__name__ for norm in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm))
-
 
 @dataclass(frozen=True)
 class RewrittenMethods(Rule):
-    """The roles of the loads in a module's methods, with descriptions of the rewrites for people."""
+    """The roles of the loads in a module's methods, with descriptions of the rewrites for people.
+
+    `has_norm`: whether a rewrite computes a functional norm of torch.
+    """
 
     roles: tuple[tuple[str, MethodRoles], ...]
     recompute: str
     descriptions: tuple[str, ...]
+    has_norm: bool
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.roles)
-
-    @property
-    def has_norm(self) -> bool:
-        """Whether a method calls a functional norm of torch."""
-        return not _NORMS.isdisjoint(self.descriptions)
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
         methods = {name: getattr(original, name) for name in self.names}
@@ -104,7 +100,7 @@ def _rule(
     """`read_all`: whether to read methods that name neither a child nor a function with a replacement; `tries_gates`:
     whether methods may be tried."""
     method_roles: list[tuple[str, MethodRoles]] = []
-    descriptions, reason = [], ""
+    descriptions, reason, has_norm = [], "", False
     children = {name for name, child in module._modules.items() if child is not None}
     children |= {name for name, value in vars(module).items() if method_called(value) is not None}
     for name, method in _methods(type(module)):
@@ -128,8 +124,10 @@ def _rule(
         elif rewritten is not None:
             method_roles.append((name, roles))
             descriptions += rewritten.descriptions
-    rule = RewrittenMethods(tuple(method_roles), recompute, tuple(descriptions)) if method_roles else None
-    return rule, reason
+            has_norm = has_norm or rewritten.has_norm
+    if not method_roles:
+        return None, reason
+    return RewrittenMethods(tuple(method_roles), recompute, tuple(descriptions), has_norm), reason
 
 
 def functions_in(module: nn.Module) -> Iterator[types.FunctionType]:

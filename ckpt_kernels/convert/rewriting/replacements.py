@@ -210,7 +210,7 @@ def _without_flag(replacement: Callable[..., Any], function: Callable[..., Any])
     return call
 
 
-REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+NORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     theirs.layer_norm: _layer_norm,
     theirs.rms_norm: _rms_norm,
     theirs.group_norm: _group_norm,
@@ -218,6 +218,9 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rms_norm: _rms_norm,
     torch.group_norm: _without_flag(_group_norm, torch.group_norm),
     theirs.batch_norm: _batch_norm,
+}
+REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **NORMS,
     theirs.glu: _glu,
     theirs.dropout: _dropout,
     theirs.gelu: _gelu,

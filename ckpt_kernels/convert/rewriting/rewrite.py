@@ -39,7 +39,7 @@ from .native_sites import native_site
 from .note_reasons import IN_LAYERS, is_indexed_by_list, reasons_to_note
 from .noted_trees import DEFINITIONS, NotedTrees
 from .reader import Match, Operand, Reader
-from .replacements import FUNCTION_TYPES, exchanging, replacement_for
+from .replacements import FUNCTION_TYPES, NORMS, exchanging, replacement_for
 from .result_list import condition_of, next_result
 from .roles import MethodRoles, Role, Roles, tried_act
 from .run_lines import after_lines, lines_without_code, loaded_early, passed
@@ -50,12 +50,14 @@ from .templates import guarded_call
 class Rewritten(NamedTuple):
     """A recompiled function, and descriptions, for people, of what the rewrite computes.
 
-    `fuses`: whether the rewrite computes anything, and does not only note operators.
+    `fuses`: whether the rewrite computes anything, and does not only note operators; `has_norm`: whether the rewrite
+    computes a functional norm of torch.
     """
 
     function: types.FunctionType
     descriptions: list[str]
     fuses: bool
+    has_norm: bool
 
 
 @memoized
@@ -76,7 +78,7 @@ def rewritten_method(method: types.FunctionType, roles: MethodRoles, recompute: 
     made = rebuilt(function, definition._replace(tree=tree), rewriter.cells)
     for wrapper, wrapped in itertools.pairwise(chain):
         check_wrapper(wrapper, wrapped)
-    return Rewritten(redecorated(chain, made), rewriter.descriptions, fuses)
+    return Rewritten(redecorated(chain, made), rewriter.descriptions, fuses, rewriter.has_norm)
 
 
 class _Rewriter(NotedTrees):
@@ -88,6 +90,7 @@ class _Rewriter(NotedTrees):
         move_into_branches(self.tree, roles)
         self.reader = Reader(roles, self.scope, self.tree)
         self.descriptions: list[str] = []
+        self.has_norm = False
         self.written = set(written_names(self.tree, self.scope))
         # Original statements, which run where a fused call does not compute: their matches are described already.
         self._originals: list[list[ast.stmt]] = []
@@ -233,6 +236,7 @@ class _Rewriter(NotedTrees):
         if replacement is None:
             return callee
         function, description = replacement
+        self.has_norm = self.has_norm or (has_type(known, FUNCTION_TYPES) and known in NORMS)
         self.descriptions.append(description)
         return self._mapped(callee, exchanging(known, function, is_local))
 
@@ -243,4 +247,5 @@ class _Rewriter(NotedTrees):
         if inner is None:
             return callee
         self.descriptions += inner.descriptions
+        self.has_norm = self.has_norm or inner.has_norm
         return self._mapped(callee, replacing_call(method, inner.function))
