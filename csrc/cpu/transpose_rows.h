@@ -13,7 +13,7 @@ CKPT_INLINE void for_each(std::integer_sequence<int, i...>, Body body) {
   (body(i), ...);
 }
 template <int count>
-constexpr std::make_integer_sequence<int, count> first{};
+constexpr std::make_integer_sequence<int, count> indices{};
 
 // Transposes a square of vectors in log2(width) equal steps. Each step interleaves vector i with vector i + width / 2,
 // which moves the highest bit of an element's vector number below the lowest bit of its lane.
@@ -22,11 +22,11 @@ CKPT_INLINE void transpose_square(Vec<S>* square) {
   constexpr int half = Vec<S>::width / 2;
   if constexpr (steps > 1) {
     Vec<S> mixed[2 * half];
-    for_each(first<half>, [&](int i) CKPT_INLINE_BODY {
+    for_each(indices<half>, [&](int i) CKPT_INLINE_BODY {
       mixed[2 * i] = shuffle<InterleaveLow>(square[i].v, square[half + i].v);
       mixed[2 * i + 1] = shuffle<InterleaveHigh>(square[i].v, square[half + i].v);
     });
-    for_each(first<2 * half>, [&](int i) CKPT_INLINE_BODY { square[i] = mixed[i]; });
+    for_each(indices<2 * half>, [&](int i) CKPT_INLINE_BODY { square[i] = mixed[i]; });
     transpose_square<S, steps / 2>(square);
   }
 }
@@ -41,11 +41,11 @@ void transpose(const void* source_data, int64_t source_stride, int64_t rows, int
     T* target = static_cast<T*>(target_data) + i0;
     step<S>(columns, [=](int64_t j0, auto valid_columns) CKPT_INLINE_BODY {
       Vec<S> square[W];
-      for_each(first<W>, [&](int i) CKPT_INLINE_BODY {
+      for_each(indices<W>, [&](int i) CKPT_INLINE_BODY {
         square[i] = i < valid_rows.size() ? load(source + i * source_stride + j0, valid_columns) : Vec<S>(0.0);
       });
       transpose_square<S>(square);
-      for_each(first<W>, [&](int j) CKPT_INLINE_BODY {
+      for_each(indices<W>, [&](int j) CKPT_INLINE_BODY {
         if (j < valid_columns.size()) store(target + (j0 + j) * target_stride, square[j], valid_rows);
       });
     });

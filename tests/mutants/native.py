@@ -141,4 +141,18 @@ NATIVE = (
         "9",
         "tests/test_row_norm.py -k every_backend_draws",
     ),
+    Mutant(
+        "a tile of a map goes on in the next sample",
+        "csrc/cpu/map_norm.cpp",
+        "if (end > sample_end) «end = sample_end;»",
+        "{}",
+        "tests/test_map_norm.py -k 'of_rows and native and float32'",
+    ),
+    Mutant(
+        "along planes a layer norm is an RMS norm",
+        "csrc/cpu/map_norm_rows.h",
+        "if (means) «d = d - load(means + j, lanes);»",
+        "{}",
+        "tests/test_map_norm.py -k 'of_rows and native and float32'",
+    ),
 )

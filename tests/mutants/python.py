@@ -293,6 +293,13 @@ PYTHON = (
         "tests/test_convert_in_place_writes.py -k may_be_written",
     ),
     Mutant(
+        "the norm of a map keeps the input for the gradient of a bias alone",
+        "ckpt_kernels/convert/rules/norms.py",
+        "if «is_alone» and bias is not None and bias.requires_grad",
+        "False",
+        "tests/test_map_norm.py -k bias_alone",
+    ),
+    Mutant(
         "a float32 copy that was written to is kept in 16 bits",
         "ckpt_kernels/recompute/widened.py",
         "or type(tensor) is not Tensor «or tensor._version»:",
