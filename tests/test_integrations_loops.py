@@ -141,10 +141,10 @@ class TestLightning:
 
     def test_modules_are_found_in_nested_lists(self) -> None:
         pytest.importorskip("pytorch_lightning")
-        from ckpt_kernels.integrations.lightning import _called_below
+        from ckpt_kernels.integrations.lightning import _callable_children
 
         model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.ModuleList([nn.Linear(1, 1), nn.ModuleList([nn.ReLU()])])})
-        assert [name for name, _ in _called_below(model)] == ["a", "b.0", "b.1.0"]
+        assert [name for name, _ in _callable_children(model)] == ["a", "b.0", "b.1.0"]
 
 
 class TestAxolotl:
@@ -180,7 +180,7 @@ class TestAxolotl:
                 cfg = DictDefault({**sizes, name_of_size: None, "ckpt_kernels_recompute": 0.9})
                 with pytest.raises(ValueError, match=f"{name_of_size} is None; expected the .* planned for"):
                     manager.post_model_load(cfg, model)
-            found = importlib.import_module(where)._largest(DictDefault(sizes))
+            found = importlib.import_module(where)._largest_batch(DictDefault(sizes))
             assert found["input_ids"].shape == (2, 16)
             # Levels, unlike budgets, need no sizes.
             with pytest.raises(ValueError, match="tiles is -1"):
