@@ -2,12 +2,15 @@
 
     python examples/trainers.py --steps 50
 
-Needs transformers, and also runs accelerate, TRL with PEFT, and Lightning, if installed. The text is the sources of
-Python's standard library, as bytes.
+Runs the trainers that are installed: transformers', TRL's with PEFT, accelerate's loop, Lightning's, axolotl's and
+torchtitan's. The text is the sources of Python's standard library, as bytes. Figures of other trainers in the folder
+`--out` stay, so that frameworks that need different versions of a package can be run one after the other.
 """
 
 import argparse
 import copy
+import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -20,30 +23,75 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import axolotl_on_cpu
 import torch
+import torchtitan_on_cpu
 from side_by_side import RAISED_THRESHOLDS
 from torch import nn
 from train_lm import corpus
 
+import ckpt_kernels
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 
 LAYERS, WIDTH, BATCH, TOKENS = 3, 128, 4, 128
-# The values of the flag: none, a level, and a budget of half of eager's peak.
-WAYS = {"eager": None, '"output"': "output", "budget 0.5": 0.5}
+# The budget of the plan in the file.
+OF_FILE = 0.7
+# The values of the flag: none, a level, the file of a plan, and a budget of half of eager's peak. The file is made with
+# the model of the trainer.
+FILE = "plan.json"
+BUDGETS = (0.5,)
+WAYS = {"eager": None, '"output"': "output", f"plan's file, {OF_FILE}": FILE, "budget 0.5": 0.5}
 Rows = list[dict[str, torch.Tensor]]
 
 
+@dataclasses.dataclass
+class Run:
+    """A training that ended.
+
+    Attributes:
+        losses: the loss of each step.
+        starts: the seconds at which the steps began.
+        kept: the bytes that a step keeps for backward.
+        peak: the most bytes at one time in a step.
+        model: the model.
+        inputs: a batch for the model, as positional and named arguments.
+    """
+
+    losses: list[float]
+    starts: list[float]
+    kept: int
+    peak: int
+    model: nn.Module
+    inputs: tuple[tuple, dict[str, Any]]
+
+    def results(self) -> dict[str, Any]:
+        seconds = statistics.median(b - a for a, b in zip(self.starts[1:], self.starts[2:], strict=False))
+        return {"losses": self.losses, "kept": self.kept, "peak": self.peak, "seconds": seconds}
+
+
 class Watch:
-    """Records the losses that a model returns, and the seconds between forward passes: whole steps of any trainer."""
+    """Records the losses that a model of transformers returns, and the times of its forward passes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.losses: list[float] = []
         self.starts: list[float] = []
-        model.register_forward_pre_hook(lambda *_: self.starts.append(time.perf_counter()))
-        model.register_forward_hook(lambda module, args, output: self.losses.append(output.loss.item()))
+        self.hooks = [
+            model.register_forward_pre_hook(lambda *_: self.starts.append(time.perf_counter())),
+            model.register_forward_hook(lambda module, args, output: self.losses.append(output.loss.item())),
+        ]
 
-    def seconds(self) -> float:
-        return statistics.median(b - a for a, b in zip(self.starts[1:], self.starts[2:], strict=False))
+    def run(self, model: nn.Module, data: Rows) -> Run:
+        """The run, with the memory of a step of the model that was trained."""
+        for hook in self.hooks:
+            hook.remove()
+        model, batch = copy.deepcopy(model.train()), batch_of(data[:BATCH]) | {"use_cache": False}
+
+        def step() -> None:
+            model(**batch).loss.backward()
+
+        kept = saved_bytes(model, **batch)
+        step()
+        return Run(self.losses, self.starts, kept, peak_bytes(step), model, ((), batch))
 
 
 def steps_to_time(text: str) -> int:
@@ -87,7 +135,7 @@ def arguments(steps: int, where: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def by_transformers(recompute: Any, data: Rows, steps: int) -> tuple[nn.Module, Watch]:
+def by_transformers(recompute: Any, data: Rows, steps: int) -> Run:
     from transformers import Trainer, TrainingArguments
 
     with tempfile.TemporaryDirectory() as where:
@@ -95,10 +143,10 @@ def by_transformers(recompute: Any, data: Rows, steps: int) -> tuple[nn.Module, 
         trainer = Trainer(llama(), args, train_dataset=data, callbacks=callbacks(recompute, data))
         watch = Watch(trainer.model)
         trainer.train()
-    return trainer.model, watch
+    return watch.run(trainer.model, data)
 
 
-def by_trl(recompute: Any, data: Rows, steps: int) -> tuple[nn.Module, Watch]:
+def by_trl(recompute: Any, data: Rows, steps: int) -> Run:
     """Trains adapters on a frozen base with TRL."""
     from datasets import Dataset
     from datasets.table import InMemoryTable
@@ -122,10 +170,10 @@ def by_trl(recompute: Any, data: Rows, steps: int) -> tuple[nn.Module, Watch]:
         )  # fmt: skip
         watch = Watch(trainer.model)
         trainer.train()
-    return trainer.model, watch
+    return watch.run(trainer.model, data)
 
 
-def by_accelerate(recompute: Any, data: Rows, steps: int) -> tuple[nn.Module, Watch]:
+def by_accelerate(recompute: Any, data: Rows, steps: int) -> Run:
     from accelerate import Accelerator
 
     from ckpt_kernels.integrations.accelerate import prepare
@@ -143,10 +191,10 @@ def by_accelerate(recompute: Any, data: Rows, steps: int) -> tuple[nn.Module, Wa
         accelerator.backward(model(**batch_of(data[step * BATCH : (step + 1) * BATCH])).loss)
         optimizer.step()
         optimizer.zero_grad()
-    return accelerator.unwrap_model(model), watch
+    return watch.run(accelerator.unwrap_model(model), data)
 
 
-def by_lightning(recompute: Any, data: Rows, steps: int) -> tuple[nn.Module, Watch]:
+def by_lightning(recompute: Any, data: Rows, steps: int) -> Run:
     from lightning.pytorch import LightningModule, Trainer
 
     from ckpt_kernels.integrations.lightning import CheckpointKernelsCallback
@@ -172,43 +220,91 @@ def by_lightning(recompute: Any, data: Rows, steps: int) -> tuple[nn.Module, Wat
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(task, torch.utils.data.DataLoader(data, BATCH))
-    return task.model, task.watch
+    return task.watch.run(task.model, data)
 
 
-Trained = Callable[[Any, Rows, int], tuple[nn.Module, Watch]]
+def texts(data: Rows) -> list[str]:
+    return ["".join(map(chr, row["input_ids"].tolist())) for row in data]
+
+
+def by_axolotl(recompute: Any, data: Rows, steps: int) -> Run:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=8 * WIDTH // 3, num_hidden_layers=LAYERS, num_attention_heads=4
+    )
+    sizes = {"sequence_len": TOKENS, "micro_batch_size": BATCH}
+    with tempfile.TemporaryDirectory() as where:
+        folder = pathlib.Path(where)
+        axolotl_on_cpu.save_model(folder, config)
+        watched: list[Watch] = []
+        with axolotl_on_cpu.trained(
+            recompute, folder, texts(data), steps, watch=lambda model: watched.append(Watch(model)), **sizes
+        ) as trainer:
+            return watched[0].run(trainer.model, data)
+
+
+def by_torchtitan(recompute: Any, data: Rows, steps: int) -> Run:
+    sizes = {"steps": steps, "seq_len": TOKENS, "local_batch_size": BATCH}
+    with (
+        tempfile.TemporaryDirectory() as where,
+        torchtitan_on_cpu.trainer(recompute, texts(data), pathlib.Path(where), layers=LAYERS, **sizes) as (made, found),
+    ):
+        made.train()
+        losses, (args, kwargs) = list(found.losses), found.model_inputs
+        kept = saved_bytes(made.model_parts[0], *args, **kwargs)
+        peak = peak_bytes(lambda: made.forward_backward_step(**found.step_inputs))
+        return Run(losses, found.starts[: len(losses)], kept, peak, torchtitan_on_cpu.plain_model(made), (args, kwargs))
+
+
+Trained = Callable[[Any, Rows, int], Run]
 # The trainers, with the packages that each needs.
 TRAINERS: dict[str, tuple[Trained, tuple[str, ...]]] = {
     "transformers.Trainer": (by_transformers, ("transformers", "accelerate")),
-    "trl.SFTTrainer, LoRA": (by_trl, ("trl", "peft", "datasets")),
-    "accelerate": (by_accelerate, ("transformers", "accelerate")),
-    "lightning.Trainer": (by_lightning, ("transformers", "lightning")),
+    "trl.SFTTrainer, LoRA": (by_trl, ("trl", "peft", "datasets", "transformers")),
+    "accelerate": (by_accelerate, ("accelerate", "transformers")),
+    "lightning.Trainer": (by_lightning, ("lightning", "transformers")),
+    "axolotl": (by_axolotl, ("axolotl", "transformers", "trl")),
+    "torchtitan": (by_torchtitan, ("torchtitan",)),
 }
 
 
-def measured(train: Trained, recompute: Any, data: Rows, steps: int) -> dict[str, Any]:
-    model, watch = train(recompute, data, steps)
-    model = copy.deepcopy(model.train())
-    for module in model.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    batch = batch_of(data[:BATCH]) | {"use_cache": False}
-
-    def step() -> None:
-        model(**batch).loss.backward()
-
-    kept = saved_bytes(model, **batch)
-    step()
-    return {"losses": watch.losses, "kept": kept, "peak": peak_bytes(step), "seconds": watch.seconds()}
+def save_plan(train: Trained, data: Rows, path: pathlib.Path) -> None:
+    """Saves a plan for the model of a trainer."""
+    eager = train(None, data, 2)
+    args, kwargs = eager.inputs
+    eager.model.zero_grad()
+    ckpt_kernels.plan(eager.model, *args, budget=OF_FILE, progress=lambda line: None, **kwargs).save(path)
 
 
-def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+def measured(train: Trained, data: Rows, steps: int) -> dict[str, Any]:
+    """The results of all ways that the trainer takes."""
+    found = {}
+    with tempfile.TemporaryDirectory() as where:
+        file = pathlib.Path(where) / FILE
+        for way, recompute in WAYS.items():
+            if train is by_torchtitan and recompute in BUDGETS:
+                continue
+            if recompute == FILE:
+                save_plan(train, data, file)
+                recompute = str(file)
+            found[way] = train(recompute, data, steps).results()
+            print(f"{way}: last loss {found[way]['losses'][-1]:.4f}", flush=True)
+    return found
+
+
+def versions(packages: tuple[str, ...]) -> str:
+    return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+
+
+def table(found: dict[str, Any]) -> str:
     lines = [
         "| trainer | way | last loss | losses differ at most by | keeps, MiB | peak of a step, MiB | step, ms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, ways in found.items():
-        eager = ways["eager"]
-        for way, run in ways.items():
+        eager = ways["runs"]["eager"]
+        for way, run in ways["runs"].items():
             apart = max(abs(a - b) / abs(a) for a, b in zip(eager["losses"], run["losses"], strict=True))
             sizes = (f"{run[key] / 2**20:.2f} ({run[key] / eager[key]:.2f})" for key in ("kept", "peak"))
             time_ = f"{run['seconds'] * 1e3:.0f} ({run['seconds'] / eager['seconds']:.2f})"
@@ -225,21 +321,22 @@ def main() -> int:
     if any(name not in os.environ for name in RAISED_THRESHOLDS):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RAISED_THRESHOLDS)
     warnings.filterwarnings("ignore")
-    data, found = rows(options.steps), {}
+    data, saved = rows(options.steps), options.out / "trainers.json"
+    found = json.loads(saved.read_text())["trainers"] if saved.is_file() else {}
     for name in options.trainers:
         train, needs = TRAINERS[name]
         if absent := [package for package in needs if importlib.util.find_spec(package) is None]:
             print(f"{name}: without {', '.join(absent)} it cannot run", flush=True)
             continue
-        found[name] = {}
-        for way, recompute in WAYS.items():
-            found[name][way] = measured(train, recompute, data, options.steps)
-            print(f"{name}, {way}: last loss {found[name][way]['losses'][-1]:.4f}", flush=True)
+        used = versions(needs)
+        print(f"{name} ({used})", flush=True)
+        label = f"{name} {importlib.metadata.version('torchtitan')}" if name == "torchtitan" else name
+        found[label] = {"packages": used, "steps": options.steps, "runs": measured(train, data, options.steps)}
     print(table(found))
     options.out.mkdir(parents=True, exist_ok=True)
-    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "steps": options.steps, "runs": found}
-    (options.out / "trainers.json").write_text(json.dumps(result))
-    (options.out / "trainers.md").write_text(table(found) + "\n")
+    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "trainers": found}
+    saved.write_text(json.dumps(result))
+    saved.with_suffix(".md").write_text(table(found) + "\n")
     return 0
 
 

@@ -1,7 +1,5 @@
-"""accelerate, diffusers' training loop, Lightning, axolotl and torchtitan, with the real packages if installed."""
+"""accelerate, diffusers' training loop and Lightning, with the real packages if installed."""
 
-import copy
-import dataclasses
 import importlib
 import sys
 from collections.abc import Callable
@@ -11,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ckpt_kernels
-from ckpt_kernels.integrations.common import tokens
 from ckpt_kernels.memory import saved_bytes
 
 from .trained import blocks, same_weights
@@ -141,110 +137,7 @@ class TestLightning:
 
     def test_modules_are_found_in_nested_lists(self) -> None:
         pytest.importorskip("pytorch_lightning")
-        from ckpt_kernels.integrations.lightning import _called_below
+        from ckpt_kernels.integrations.lightning import _callable_children
 
         model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.ModuleList([nn.Linear(1, 1), nn.ModuleList([nn.ReLU()])])})
-        assert [name for name, _ in _called_below(model)] == ["a", "b.0", "b.1.0"]
-
-
-class TestAxolotl:
-    """axolotl's plugin manager and merged configuration; the rest of axolotl needs a GPU."""
-
-    def test_the_plugin_of_a_configuration(self) -> None:
-        base = pytest.importorskip("axolotl.integrations.base")
-        transformers = pytest.importorskip("transformers")
-        from axolotl.utils.dict import DictDefault
-
-        name = "ckpt_kernels.integrations.axolotl.CheckpointKernelsPlugin"
-        manager = base.PluginManager.get_instance()
-        manager.register(name)
-        try:
-            (found,) = [entry for entry in manager.get_input_args() if "ckpt_kernels" in entry]
-            where, _, kind = found.rpartition(".")
-            args = getattr(importlib.import_module(where), kind)
-            config = transformers.LlamaConfig(
-                vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-            )
-            for recompute in ("all", 0.9):
-                given = args(ckpt_kernels_recompute=recompute).model_dump()
-                assert given.pop("ckpt_kernels_logits") is None and given.pop("ckpt_kernels_tiles") == 1
-                assert given == {"ckpt_kernels_recompute": recompute}
-                model = transformers.LlamaForCausalLM(config)
-                eager = copy.deepcopy(model)
-                cfg = DictDefault({"micro_batch_size": 2, "sequence_len": 16, "gradient_checkpointing": False, **given})
-                manager.post_model_load(cfg, model)
-                batch = tokens(2, 16)
-                assert saved_bytes(model, **batch) < saved_bytes(eager, **batch)
-            sizes = {"micro_batch_size": 2, "sequence_len": 16}
-            for name_of_size in sizes:
-                cfg = DictDefault({**sizes, name_of_size: None, "ckpt_kernels_recompute": 0.9})
-                with pytest.raises(ValueError, match=f"{name_of_size} is None; expected the .* planned for"):
-                    manager.post_model_load(cfg, model)
-            found = importlib.import_module(where)._largest(DictDefault(sizes))
-            assert found["input_ids"].shape == (2, 16)
-            # Levels, unlike budgets, need no sizes.
-            with pytest.raises(ValueError, match="tiles is -1"):
-                manager.post_model_load(DictDefault({"ckpt_kernels_recompute": "all", "ckpt_kernels_tiles": -1}), model)
-            cfg = DictDefault({"ckpt_kernels_recompute": "all", "ckpt_kernels_logits": "head"})
-            with pytest.raises(ValueError, match="logits names 'head', which fits no module"):
-                manager.post_model_load(cfg, model)
-            with pytest.raises(ValueError, match="recompute is 'most'"):
-                manager.post_model_load(DictDefault({"ckpt_kernels_recompute": "most"}), model)
-        finally:
-            manager.plugins.pop(name)
-
-
-class TestTorchtitan:
-    @pytest.fixture
-    def module(self) -> Any:
-        return importlib.import_module("ckpt_kernels.integrations.torchtitan")
-
-    def test_its_own_container_of_converters(self, module: Any) -> None:
-        """With version 0.2."""
-        converters = pytest.importorskip("torchtitan.protocols.model_converter")
-        converters.register_model_converter(module.converter("output"), "ckpt_kernels")
-        try:
-            from torchtitan.config import JobConfig
-
-            config = JobConfig()
-            config.model.converters = ["ckpt_kernels"]
-            found = converters.build_model_converters(config, parallel_dims=None)
-            with torch.device("meta"):
-                model = blocks()
-            found.convert(model)
-            found.post_optimizer_hook(model)
-        finally:
-            converters._registry_model_converter_cls.pop("ckpt_kernels")
-        assert ckpt_kernels.is_converted(model[0])
-
-    @pytest.mark.parametrize("real", [True, False])
-    def test_a_specification(self, module: Any, real: bool) -> None:
-        """With version 0.3, or a class with the same fields if this version is not installed."""
-
-        @dataclasses.dataclass
-        class ModelSpec:
-            name: str
-            parallelize_fn: Callable
-
-        def parallelize(model: nn.Module, degree: int) -> tuple[bool, int]:
-            return ckpt_kernels.is_converted(model[0]), degree
-
-        if real:
-            specs = pytest.importorskip("torchtitan.protocols.model_spec", exc_type=ImportError)
-            if not hasattr(specs, "ModelSpec"):
-                pytest.skip("this version has another specification")
-            spec = specs.ModelSpec("", "", None, parallelize, None, None, None)
-        else:
-            spec = ModelSpec("", parallelize)
-        with torch.device("meta"):
-            model = blocks()
-        assert module.with_conversion(spec, "block").parallelize_fn(model, degree=3) == (True, 3)
-        assert spec.parallelize_fn is parallelize
-        for options, message in (({"logits": "head"}, "logits names 'head'"), ({"tiles": 0}, "tiles is 0")):
-            with pytest.raises(ValueError, match=message):
-                module.with_conversion(spec, "all", **options).parallelize_fn(blocks(), degree=3)
-
-    def test_a_budget_is_an_error(self, module: Any) -> None:
-        for make in (module.converter, lambda recompute: module.with_conversion(None, recompute)):
-            with pytest.raises(ValueError, match=r"recompute is 0\.5, a budget"):
-                make(0.5)
+        assert [name for name, _ in _callable_children(model)] == ["a", "b.0", "b.1.0"]

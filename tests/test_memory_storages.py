@@ -103,3 +103,15 @@ def test_memory_that_is_used_again_is_no_parameter_of_before() -> None:
 
     x = torch.randn(8, 64, requires_grad=True)
     assert memory.saved_bytes(function, x) == 3 * x.nbytes
+
+
+def test_dtensors_count_by_the_shards(tmp_path: Any) -> None:
+    """Flattened, a DTensor also has its mesh, which is no tensor and takes no bytes."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        x = distributed.tensor.distribute_tensor(torch.randn(4, 8), mesh).requires_grad_()
+        assert memory.saved_bytes(chain, x) == 3 * 4 * 8 * 4
+    finally:
+        distributed.destroy_process_group()

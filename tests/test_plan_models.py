@@ -1,6 +1,7 @@
 """Models to plan for: measured costs, models that are no chains, layers that must run once, and unchanged models."""
 
 import copy
+import functools
 import os
 import random
 import threading
@@ -217,6 +218,22 @@ def test_models_whose_copies_would_run_the_model_itself_are_an_error() -> None:
     with pytest.raises(TypeError, match=r"layers\.1\.forward is a function that holds modules"):
         plan(model, tokens, budget=None, loss=loss_of)
     assert all(p.grad is None for p in model.parameters())
+    del model.layers[1].forward
+    for foreign in (made()[0].layers[1].forward, functools.partial(made()[0].layers[1].forward)):
+        model.layers[1].elsewhere = foreign
+        with pytest.raises(TypeError, match=r"layers\.1\.elsewhere is a function that holds modules"):
+            plan(model, tokens, budget=None, loss=loss_of)
+
+
+def test_methods_of_the_models_own_modules_are_bound_to_the_copies() -> None:
+    """As in PEFT's model for causal language models, which keeps a method of the model inside."""
+    model, tokens = made()
+    model.layers[1].forward = model.layers[1].forward  # type: ignore[method-assign]
+    model.kept_method = functools.partial(model.layers[0].forward)
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    found = plan(model, tokens, budget=None, loss=loss_of)
+    assert found.layers and all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(dict(model.named_parameters()), expected, rtol=0, atol=0)
 
 
 def test_models_that_skip_layers_at_random_are_planned_as_a_whole() -> None:

@@ -214,7 +214,8 @@ def _parts(tensor: Tensor) -> list[Tensor] | None:
     """The tensors that a tensor without a storage of its own consists of; None for a tensor with a storage."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
-        return [getattr(tensor, name) for name in names]
+        # Some parts are no tensors, such as a DTensor's mesh since torch 2.13.
+        return [part for name in names if isinstance(part := getattr(tensor, name), Tensor)]
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

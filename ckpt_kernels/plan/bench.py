@@ -9,7 +9,7 @@ import contextlib
 import functools
 import random
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,6 +237,7 @@ def first_shape(args: tuple, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
 def _check_can_be_copied(model: nn.Module) -> None:
     """Raise TypeError or ValueError if a twin would compute something else than the model, or change the model."""
     check_initialized(model)
+    own = {id(module) for _, module in named_modules(model)}
     for name, module in named_modules(model):
         if is_sharded(module):
             raise TypeError(f"{name or 'the model'} is sharded; expected a model that is not: plan, apply, then shard")
@@ -247,7 +248,7 @@ def _check_can_be_copied(model: nn.Module) -> None:
                 "process, save the plan, and load and apply it in all"
             )
         for key, value in vars(module).items():
-            if not key.endswith("_hooks") and _holds_modules(value):
+            if not key.endswith("_hooks") and _holds_modules(value, own):
                 raise TypeError(
                     f"{name or 'the model'}.{key} is a function that holds modules, which a copy of the model would "
                     "call; expected a model whose copy is independent of it"
@@ -259,13 +260,15 @@ def _has_other_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def _holds_modules(value: Any, depth: int = 3) -> bool:
-    """Whether a value is a function with modules in its closure, or a bound method of a module."""
+def _holds_modules(value: Any, own: Container[int], depth: int = 3) -> bool:
+    """Whether a deep copy of a value would call modules of the original: a function with modules in its closure, which
+    is not copied, or a bound method of a module other than `own`, given by identities."""
     if isinstance(value, types.MethodType):
-        return isinstance(value.__self__, nn.Module)
+        is_foreign = isinstance(value.__self__, nn.Module) and id(value.__self__) not in own
+        return is_foreign or _holds_modules(value.__func__, (), depth)
     if isinstance(value, functools.partial):
         parts = (value.func, *value.args)
-        return any(isinstance(part, nn.Module) or _holds_modules(part, depth) for part in parts)
+        return any(isinstance(part, nn.Module) or _holds_modules(part, own, depth) for part in parts)
     if not isinstance(value, types.FunctionType) or not depth:
         return False
     for cell in value.__closure__ or ():
@@ -273,7 +276,7 @@ def _holds_modules(value: Any, depth: int = 3) -> bool:
             content = cell.cell_contents
         except ValueError:
             continue
-        if isinstance(content, nn.Module) or _holds_modules(content, depth - 1):
+        if isinstance(content, nn.Module) or _holds_modules(content, (), depth - 1):
             return True
     return False
 
