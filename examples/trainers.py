@@ -50,7 +50,7 @@ class Run:
 
     Attributes:
         losses: the loss of each step.
-        starts: the seconds at which the steps began.
+        starts: the seconds of processor time at which the steps began.
         kept: the bytes that a step keeps for backward.
         peak: the most bytes at one time in a step.
         model: the model.
@@ -70,18 +70,19 @@ class Run:
 
 
 class Watch:
-    """Records the losses that a model of transformers returns, and the times of its forward passes."""
+    """Records the losses of a model of transformers, and the processor times at which the forward passes began."""
 
     def __init__(self, model: nn.Module) -> None:
         self.losses: list[float] = []
         self.starts: list[float] = []
         self.hooks = [
-            model.register_forward_pre_hook(lambda *_: self.starts.append(time.perf_counter())),
+            model.register_forward_pre_hook(lambda *_: self.starts.append(time.process_time())),
             model.register_forward_hook(lambda module, args, output: self.losses.append(output.loss.item())),
         ]
 
-    def run(self, model: nn.Module, data: Rows) -> Run:
-        """The run, with the memory of a step of the model that was trained."""
+    def run(self, model: nn.Module, data: Rows, plain: nn.Module | None = None) -> Run:
+        """The run, with the memory of a step of the model that was trained. `plain` is a model like it without the
+        changes of the trainer; None means the model itself."""
         for hook in self.hooks:
             hook.remove()
         model, batch = copy.deepcopy(model.train()), batch_of(data[:BATCH]) | {"use_cache": False}
@@ -91,7 +92,7 @@ class Watch:
 
         kept = saved_bytes(model, **batch)
         step()
-        return Run(self.losses, self.starts, kept, peak_bytes(step), model, ((), batch))
+        return Run(self.losses, self.starts, kept, peak_bytes(step), plain or model, ((), batch))
 
 
 def steps_to_time(text: str) -> int:
@@ -150,7 +151,7 @@ def by_trl(recompute: Any, data: Rows, steps: int) -> Run:
     """Trains adapters on a frozen base with TRL."""
     from datasets import Dataset
     from datasets.table import InMemoryTable
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
@@ -163,14 +164,15 @@ def by_trl(recompute: Any, data: Rows, steps: int) -> Run:
             **arguments(steps, where) | {"learning_rate": 2e-3}, bf16=False, gradient_checkpointing=False,
             max_length=TOKENS, dataset_kwargs={"skip_prepare_dataset": True},
         )  # fmt: skip
+        adapters = LoraConfig(r=8, target_modules="all-linear")
         torch.manual_seed(0)
         trainer = SFTTrainer(
             llama(), args, train_dataset=Dataset(table, fingerprint="rows"), processing_class=tokenizer,
-            peft_config=LoraConfig(r=8, target_modules="all-linear"), callbacks=callbacks(recompute, data),
+            peft_config=adapters, callbacks=callbacks(recompute, data),
         )  # fmt: skip
         watch = Watch(trainer.model)
         trainer.train()
-    return watch.run(trainer.model, data)
+    return watch.run(trainer.model, data, get_peft_model(llama(), adapters).train())
 
 
 def by_accelerate(recompute: Any, data: Rows, steps: int) -> Run:
@@ -299,7 +301,7 @@ def versions(packages: tuple[str, ...]) -> str:
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        "| trainer | way | last loss | losses differ at most by | keeps, MiB | peak of a step, MiB | step, ms |",
+        "| trainer | way | last loss | losses differ at most by | keeps, MiB | peak of a step, MiB | step, ms of CPU |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, ways in found.items():

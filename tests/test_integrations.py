@@ -195,6 +195,37 @@ class TestTransformers:
         train(ours, CheckpointKernelsCallback("output"), bf16=True)
         assert len(ours.kept) == 3 and max(ours.kept) < min(eager.kept)
 
+    @pytest.mark.parametrize(("first", "second"), [(None, "all"), ("output", None)])
+    def test_a_run_is_resumed_with_another_value(
+        self, gpt: nn.Module, dataset: list, tmp_path: pathlib.Path, first: Any, second: Any
+    ) -> None:
+        """From the checkpoint of an unconverted or converted model, with accumulated gradients and evaluations."""
+        transformers = pytest.importorskip("transformers")
+        pytest.importorskip("accelerate")
+        from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
+
+        def run(recompute: Any, where: str, steps: int, resumed: bool = False) -> Any:
+            args = transformers.TrainingArguments(
+                str(tmp_path / where), max_steps=steps, per_device_train_batch_size=BATCH, use_cpu=True, report_to=[],
+                save_steps=2, disable_tqdm=True, learning_rate=1e-2, lr_scheduler_type="constant", eval_steps=1,
+                gradient_accumulation_steps=2, eval_strategy="steps",
+            )  # fmt: skip
+            callbacks = [] if recompute is None else [CheckpointKernelsCallback(recompute)]
+            model = copy.deepcopy(gpt)
+            trainer = transformers.Trainer(
+                model, args, train_dataset=dataset, eval_dataset=dataset[:BATCH], callbacks=callbacks
+            )
+            trainer.train(resume_from_checkpoint=resumed)
+            evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+            return model, evaluated
+
+        expected, losses = run(None, "whole", 4)
+        run(first, "parts", 2)
+        resumed, found = run(second, "parts", 4, resumed=True)
+        assert len(losses) == 4
+        torch.testing.assert_close(found, losses, rtol=1e-5, atol=0.0)
+        same_weights(expected, resumed)
+
     def test_invalid_uses_are_named_errors(self, train: Callable) -> None:
         from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
 
@@ -268,7 +299,7 @@ class TestTransformers:
                 dataset_kwargs={"skip_prepare_dataset": True},
                 learning_rate=1e-2,
             )  # fmt: skip
-            config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], lora_dropout=0.0) if peft else None
+            config = _lora(peft) if peft else None
             torch.manual_seed(0)
             trainer = trl.SFTTrainer(
                 copy.deepcopy(gpt), args, train_dataset=rows, processing_class=_tokenizer(), peft_config=config,
@@ -283,6 +314,11 @@ class TestTransformers:
         same_weights(eager, ours)
         batch = tokens(BATCH, TOKENS)
         assert callback.report.replaced and saved_bytes(ours, **batch) < saved_bytes(eager, **batch)
+
+
+def _lora(peft: Any) -> Any:
+    """With a task, PEFT's model keeps a method of the model inside."""
+    return peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], lora_dropout=0.0, task_type="CAUSAL_LM")
 
 
 def _tokenizer() -> Any:

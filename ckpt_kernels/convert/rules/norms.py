@@ -136,7 +136,7 @@ class RowNorm(Norm):
         """The case of these dtypes; None where the fused norm may compute something else than the module."""
         if not are_coefficients(input, weight, bias):
             return None
-        if self.cases is not None and not self._fits(module, input, weight):
+        if self.cases is not None and not self._fits(module, input, weight, bias):
             return None
         dtypes = input.dtype, input.dtype if weight is None else weight.dtype
         if self.cases is None:
@@ -148,10 +148,11 @@ class RowNorm(Norm):
         matching = (case for case in self.cases if case.dtypes == dtypes)
         return next(matching, None) if is_unchanged(module, self.settings, self.code) else None
 
-    def _fits(self, module: nn.Module, input: Tensor, weight: Tensor | None) -> bool:
+    def _fits(self, module: nn.Module, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
         """Whether input and parameters have shapes like those in the trial."""
+        loaded = {self.weight: weight, self.bias: bias}
         for name, shape in self.shapes:
-            parameter = getattr(module, name, None)
+            parameter = loaded[name] if name in loaded else getattr(module, name, None)
             if (None if parameter is None else parameter.shape) != shape:
                 return False
         if input.dim() not in self.dimensions or (self.channels_first and not is_dense_map(input)):
