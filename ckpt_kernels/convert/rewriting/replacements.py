@@ -15,6 +15,7 @@ import torch.nn.functional
 from torch import Tensor, nn
 
 from ... import functional as ours
+from ...functional.map_norm import map_norm
 from ..code.code_objects import has_type
 from ..operands import as_plain_tensor, is_called_plainly, is_operand, is_ordinary
 from ..rotations.recognition import rotation_of, settings_in
@@ -114,8 +115,29 @@ def _are_operands(*tensors: Any) -> bool:
 
 @functools.wraps(theirs.layer_norm)
 def _layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5) -> Any:
-    function = ours.layer_norm if _is_row_norm(input, normalized_shape, weight, bias) else theirs.layer_norm
-    return function(input, normalized_shape, weight, bias, eps)
+    if not _is_row_norm(input, normalized_shape, weight, bias):
+        return theirs.layer_norm(input, normalized_shape, weight, bias, eps)
+    if _is_moved_map(input, weight, bias) and len(normalized_shape) == 1:
+        options = (eps, True, "identity", 0.0, False, True)
+        output = map_norm(input.movedim(-1, 1), weight, bias, options).movedim(1, -1)
+        return torch.ops.aten._unsafe_view.default(output, output.shape)
+    return ours.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _is_moved_map(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the rows are the pixels of a contiguous map on the CPU, which has a kernel, and not only the bias is
+    trained."""
+    if (
+        not input.is_cpu
+        or input.dim() < 3
+        or input.is_contiguous()
+        or type(input) is not Tensor
+        or 1 in input.shape[1:]
+    ):
+        return False
+    is_trained = input.requires_grad or (weight is not None and weight.requires_grad)
+    is_map = type(input) is Tensor and not torch.compiler.is_compiling() and input.movedim(-1, 1).is_contiguous()
+    return is_map and (is_trained or bias is None or not bias.requires_grad)
 
 
 @functools.wraps(theirs.rms_norm)
