@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..swap import original_of
 from ..torch_patches import are_patched
 from .code_objects import cell_value, has_type, imports_in, names_in
 
-_PACKAGE = __name__.partition(".")[0]
 _KNOWN = frozenset(
-    f"""torch {_PACKAGE} builtins abc cmath collections contextlib copy dataclasses enum functools inspect itertools
-    logging math numbers operator re string threading time types typing typing_extensions warnings weakref _abc
-    _collections _collections_abc _functools _operator _weakref _weakrefset""".split()
+    f"""torch {__name__.partition(".")[0]} builtins abc cmath collections contextlib copy dataclasses enum functools
+    itertools logging math numbers operator re string threading time types typing typing_extensions warnings weakref
+    _abc _collections _collections_abc _functools _operator _weakref _weakrefset""".split()
 )
 # Code with one of these names may reach any value.
 _OF_ANYTHING = frozenset(
@@ -148,16 +148,11 @@ class _Walk:
             self._known_classes.append(kind)
 
     def _read_object(self, value: Any) -> None:
-        kind = type(value)
-        # This package's objects, but for modules, only compare what they hold with what is called.
-        if kind.__module__.partition(".")[0] == _PACKAGE and not issubclass(kind, nn.Module):
-            return
+        kind = original_of(value) if has_type(value, nn.Module) else type(value)
         if kind in _PARTS:
             self._waiting += (getattr(value, name) for name in _PARTS[kind])
         if has_type(value, dict):
             self._waiting += (*dict.keys(value), *dict.values(value))
-        elif kind is types.MappingProxyType:
-            self._waiting += (*value, *value.values())
         elif has_type(value, _ITEMS):
             self._waiting += value
         elif kind is weakref.ref:
