@@ -57,7 +57,7 @@ class BufferSnapshot:
         self.is_written = True
         self._is_moved = module.training and module._buffers.get("running_mean") is not None
         self._version = None if tensor.is_inference() else tensor._version
-        is_compared = tensor.numel() <= self._MOST and type(tensor) is Tensor and tensor.layout is torch.strided
+        is_compared = tensor.numel() <= self._MOST and _has_own_elements(tensor)
         self._copy = _copy_of(tensor, self._version, not self._is_moved) if is_compared else None
 
     def end_call(self) -> None:
@@ -104,6 +104,12 @@ class BufferSnapshot:
             self.tensor.data.copy_(current)
 
 
+def _has_own_elements(tensor: Tensor) -> bool:
+    """Whether each element of a plain tensor has memory of its own, so that a copy can be written back."""
+    is_dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+    return is_dense and all(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+
+
 class _Copy:
     """A copy of a small buffer."""
 
@@ -115,10 +121,9 @@ class _Copy:
         self.value = tensor.detach().clone()
 
     def is_of(self, tensor: Tensor, version: int | None) -> bool:
-        """Whether the copy has the present values. On a GPU the version decides, to not wait for the device."""
-        if self.source() is not tensor or self.version != version or version is None:
-            return False
-        return tensor.is_cuda or torch.equal(self.value, tensor)
+        """Whether the copy has the present values. On a GPU a comparison would wait for the device."""
+        is_known = self.source() is tensor and self.version == version and version is not None
+        return is_known and not tensor.is_cuda and torch.equal(self.value, tensor)
 
 
 # The last copy of each buffer, by the identity of the buffer.

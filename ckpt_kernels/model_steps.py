@@ -83,22 +83,35 @@ def in_double(value: Any) -> Any:
 def another_batch(inputs: Inputs) -> Inputs:
     """A batch of the same sizes and with other values, which a model that takes the first batch takes too.
 
-    The samples of each tensor are in the opposite order. Where that is the same tensor, as for a single sample, the
-    values move by one along the next dimension; so integers and masks keep their values. If all tensors are still the
-    same, floating-point values are scaled by 0.5 to 1, and zeros replaced by such numbers. A batch that has only
-    integers of one value stays as it is.
+    The samples of each tensor are in the opposite order. Where that is the same batch, as for a single sample, the
+    values move by one along the next dimension: floating-point values only, or else also integers and masks, which keep
+    their values so. If the batch is still the same, floating-point values are scaled by 0.5 to 1, and zeros replaced by
+    such numbers. A batch that has only integers of one value stays as it is.
     """
-    another = each_of(inputs, _reordered)
-    pairs = zip(tensors_in(inputs), tensors_in(another), strict=True)
-    return another if any(not torch.equal(*pair) for pair in pairs) else each_of(inputs, _scaled)
+    for change in (_flipped, _with_floats_moved, _moved, _scaled):
+        another = each_of(inputs, change)
+        pairs = zip(tensors_in(inputs), tensors_in(another), strict=True)
+        if any(not torch.equal(*pair) for pair in pairs):
+            break
+    return another
 
 
-def _reordered(value: Any) -> Any:
-    """A tensor with its samples, or the values of each sample, in another order, if there is one; any other value."""
-    if not isinstance(value, Tensor) or not value.dim():
+def _flipped(value: Any) -> Any:
+    """A tensor with its samples in the opposite order; any other value as it is."""
+    return value.flip(0) if isinstance(value, Tensor) and value.dim() else value
+
+
+def _moved(value: Any) -> Any:
+    """A tensor with the values of each sample in another order, if there is one; any other value as it is."""
+    if not isinstance(value, Tensor):
         return value
-    orders = (value.roll(1, dimension) if dimension else value.flip(0) for dimension in range(value.dim()))
+    orders = (value.roll(1, dimension) for dimension in range(1, value.dim()))
     return next((order for order in orders if not torch.equal(order, value)), value)
+
+
+def _with_floats_moved(value: Any) -> Any:
+    """The same for floating-point tensors. Integers beside them may be sizes."""
+    return _moved(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _scaled(value: Any) -> Any:

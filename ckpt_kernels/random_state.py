@@ -10,8 +10,7 @@ import functools
 import random
 import struct
 import sys
-import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -182,29 +181,24 @@ class RandomState:
         """Whether no random number has been drawn since."""
         return all([state.is_current() for state in self._states.values()])
 
-    def restore(self, may_draw_globally: Callable[[], bool] = lambda: True) -> None:
-        """Gives the generators these states; Python's and numpy's only if the code that runs then may draw from them,
-        since other threads may draw from them too."""
-        _restore(self._states, may_draw_globally)
+    def restore(self) -> None:
+        """Gives the generators these states."""
+        for state in self._states.values():
+            if not state.is_current():
+                state.restore()
 
     @staticmethod
     @contextlib.contextmanager
-    def kept(states: "Iterable[RandomState]", may_draw_globally: Callable[[], bool] = lambda: True) -> Iterator[None]:
-        """A context after which the generators of these states are as before; Python's and numpy's only if the code in
-        the context may draw from them."""
+    def kept(states: "Iterable[RandomState]") -> Iterator[None]:
+        """A context after which the generators of these states are as before."""
         known = {source: state for one in states for source, state in one._states.items()}
         current = {source: _state_of(source, state) for source, state in known.items()}
         try:
             yield
         finally:
-            _restore(current, may_draw_globally)
-
-
-def _restore(states: dict[Any, _State], may_draw_globally: Callable[[], bool]) -> None:
-    for source, state in states.items():
-        # Most states are current, and the answer may take as long as a small layer.
-        if not state.is_current() and (not isinstance(source, types.ModuleType) or may_draw_globally()):
-            state.restore()
+            for state in current.values():
+                if not state.is_current():
+                    state.restore()
 
 
 def _state_of(source: Any, known: _State | None) -> _State:

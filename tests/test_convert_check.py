@@ -187,3 +187,6 @@ def test_the_second_batch_has_other_values() -> None:
                 assert torch.equal(one.flatten().sort().values, other.flatten().sort().values)
     assert another_batch((mask,))[0] is mask
     assert another_batch((ids,))[0].tolist() == [[2, 3, 1, 2]]
+    # Integers beside the values of one sample may be sizes.
+    sizes = torch.tensor([[4, 6]])
+    assert torch.equal(another_batch((torch.randn(1, 4, 6), sizes))[1], sizes)

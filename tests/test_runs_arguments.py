@@ -45,11 +45,24 @@ class Net(nn.Module):
         return x
 
 
+def counts(layer: nn.Module, x: Tensor, other: Tensor) -> bool:
+    """An attribute that the layer itself sets on the argument."""
+    x.calls = getattr(x, "calls", 0) + 1
+    return x.calls == 1
+
+
+def hooks(layer: nn.Module, x: Tensor, other: Tensor) -> bool:
+    x.register_hook(lambda gradient: gradient * 2)
+    return True
+
+
 CONDITIONS: dict[str, Callable[..., Any]] = {
     "attribute": lambda layer, x, other: getattr(x, "is_marked", False),
     "leaf": lambda layer, x, other: x.is_leaf,
     "parameter": lambda layer, x, other: isinstance(other, nn.Parameter),
     "own parameter": lambda layer, x, other: other is layer.latent,
+    "own attribute": counts,
+    "hook": hooks,
 }
 
 
@@ -116,6 +129,15 @@ def test_tensors_written_between_the_passes_have_the_values_of_the_first(
     twin = copy.deepcopy(net)
     ckpt_kernels.convert(twin, recompute={"0": "checkpoint", "1": "checkpoint"})
     torch.testing.assert_close(passes(twin), passes(net))
+
+
+@pytest.mark.parametrize("tensor", (torch.ones(3, device="meta"), torch.ones(1).expand(3)))
+def test_tensors_that_no_copy_can_be_written_back_to_are_not_copied(tensor: Tensor) -> None:
+    layer = nn.Linear(WIDTH, WIDTH)
+    layer.held = tensor
+    ckpt_kernels.convert(net := nn.Sequential(layer), recompute={"0": "checkpoint"})
+    net(torch.ones(2, WIDTH)).exp().sum().backward()
+    assert layer.weight.grad is not None
 
 
 def test_a_write_to_a_large_buffer_between_the_passes_is_an_error() -> None:

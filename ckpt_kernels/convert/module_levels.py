@@ -13,7 +13,6 @@ from torch import nn
 from ..levels import NONE, OF_LAYERS, OF_MODELS, OF_MODULES, Policy
 from ..recompute import run_at
 from ..runs import Place, run_in
-from .code.global_draws import may_draw_globally
 from .forward_contexts import checkpointed, checkpointing_selectively, convert_late_modules_if_outermost
 from .layers import count_matrices, has_forward, layers_of
 from .module_tree import modules_of, named_modules, names_fitting
@@ -44,8 +43,7 @@ class AtLevel:
         if not self.places:
             level = "block" if self.level == NONE else self.level
             return run_at(level, functools.partial(forward, module), module, args, kwargs)
-        inside = functools.partial(self._in_checkpoint, forward, module)
-        return run_in(self.places, inside, module, args, kwargs, may_draw_globally)
+        return run_in(self.places, functools.partial(self._in_checkpoint, forward, module), module, args, kwargs)
 
     def _in_checkpoint(self, forward: Forward, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         if self.level in (NONE, "block"):

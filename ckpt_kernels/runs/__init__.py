@@ -39,7 +39,6 @@ def run_in(
     module: nn.Module,
     args: tuple,
     kwargs: dict[str, Any],
-    may_draw_globally: Callable[[nn.Module], bool] = lambda _: True,
 ) -> Any:
     """Calls a layer, `inside(*args, **kwargs)`, as a part of a run.
 
@@ -48,7 +47,6 @@ def run_in(
         inside: the function that computes the layer's result, without runs.
         module: the layer.
         args, kwargs: the arguments of the call.
-        may_draw_globally: whether a call of a module may draw from the global generators of Python or numpy.
     """
     hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
     # A layer inside a checkpoint needs no other; under torch.func there are no hooks.
@@ -71,7 +69,7 @@ def run_in(
         run = Run(place.key)
     thread.within = True
     try:
-        output = run.call(Call(inside, module, places, held, may_draw_globally), held, args, kwargs, tensors)
+        output = run.call(Call(inside, module, places, held), held, args, kwargs, tensors)
     finally:
         thread.within = False
     if not place.is_last:

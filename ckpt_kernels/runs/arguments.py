@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # The allowed types of arguments: none that a layer can write to while others read the value.
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -26,17 +26,20 @@ class Input:
     """
 
     def __init__(self, tensor: Tensor, get: Callable[[], Tensor]) -> None:
-        self.requires_grad = tensor.requires_grad
         self._get = get
         self._is_leaf = tensor.is_leaf
+        # Parameters are known by their identity, and so are tensors without gradients, such as buffers.
+        self._is_itself = isinstance(tensor, nn.Parameter) or not tensor.requires_grad
         # A layer may read attributes that the model has given to the tensor.
-        self._attributes = {} if tensor.is_leaf else dict(vars(tensor))
+        self._attributes = {} if self._is_itself else dict(vars(tensor))
 
     def restored(self) -> Tensor:
-        """The argument in the second pass. A leaf, such as a parameter, is the same object as in the first."""
-        if self._is_leaf:
-            return self._get()
-        restored = traced(self._get())
+        """The argument in the second pass: a parameter, or a tensor without gradients, itself; of any other tensor
+        another object with the attributes that the first pass found, for the layer may hook or change these."""
+        tensor = self._get()
+        if self._is_itself:
+            return tensor
+        restored = tensor.detach().requires_grad_() if self._is_leaf else traced(tensor)
         vars(restored).update(self._attributes)
         return restored
 

@@ -68,16 +68,8 @@ class Call:
     random: RandomState
     reads_own_graph = False
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        module: nn.Module,
-        places: Sequence[Place],
-        held: Held,
-        may_draw_globally: Callable[[nn.Module], bool],
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place], held: Held) -> None:
         self.function = function
-        self._may_draw_globally = may_draw_globally
         self.module = module
         self.places = places
         self.args: tuple = ()
@@ -92,13 +84,7 @@ class Call:
         self.memory = _memory_of(self.parameters)
         self.states = None if is_distributed else held.states
 
-    def may_draw_globally(self) -> bool:
-        """Whether the call may draw from the global generators of Python or numpy."""
-        return self._may_draw_globally(self.module)
-
-    def repeat(
-        self, args: tuple, kwargs: dict[str, Any], alone: bool, may_draw_globally: Callable[[], bool]
-    ) -> list[Tensor]:
+    def repeat(self, args: tuple, kwargs: dict[str, Any], alone: bool) -> list[Tensor]:
         """Repeats the call with the random numbers, autocast, backend, buffers and modules' states of the first pass.
         Returns the result's tensors. The run restores the generators afterwards."""
         before, now = self.memory, _memory_of(self.parameters)
@@ -113,7 +99,7 @@ class Call:
         # them.
         function = self.module if not alone and is_sharded(self.module) else self.function
         # The state is restored also if nothing was drawn: a layer may put a generator's state back itself.
-        self.random.restore(may_draw_globally)
+        self.random.restore()
         with contextlib.ExitStack() as stack:
             if self.states is not None:
                 stack.enter_context(self.states.restored(list(tensors_among((args, kwargs)))))

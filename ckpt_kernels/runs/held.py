@@ -65,7 +65,10 @@ def held_by(layer: nn.Module) -> Held | None:
         own = vars(module).values()
         if not _OTHER_TYPES.issuperset(map(type, own)):
             generators += [value for value in own if isinstance(value, generator_types())]
-            buffers += [(value, module) for value in own if isinstance(value, Tensor) and value.grad_fn is None]
+            tensors = [
+                value for key, value in vars(module).items() if isinstance(value, Tensor) and key not in OF_TORCH
+            ]
+            buffers += [(tensor, module) for tensor in tensors if tensor.grad_fn is None]
     initialized = [parameter for parameter in parameters if parameter is not None]
     found = Held(initialized, buffers, generators, ModuleStates(list(seen), initialized, copies_of(list(seen))))
     return None if _is_any_lazy(found.parameters) or _is_any_lazy([buffer for buffer, _ in buffers]) else found

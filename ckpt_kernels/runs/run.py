@@ -2,10 +2,9 @@
 
 import contextlib
 import copy
-import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -40,7 +39,6 @@ class Run:
         self._links: dict[int, tuple[weakref.ref[Tensor], int | None, Link]] = {}
         self._kept: list[tuple[weakref.ref[Tensor], Input]] = []
         self.shapes: dict[torch.Size, torch.Size] = {}
-        self._may_draw: Callable[[], bool] = lambda: True
         self._lock = threading.RLock()
         self._has_all_saved = False
 
@@ -140,10 +138,7 @@ class Run:
             # Another thread may have repeated the run already.
             if waiting.value is not None or waiting.run is not self:
                 return
-            # Answered anew each time, because modules change, and only if needed.
-            calls = self._calls
-            self._may_draw = functools.cache(lambda: any(call.may_draw_globally() for call in calls))
-            with RandomState.kept({call.random for call in self._calls}, self._may_draw):
+            with RandomState.kept({call.random for call in self._calls}):
                 self._repeat_calls()
 
     @contextlib.contextmanager
@@ -155,7 +150,7 @@ class Run:
         except _AllSaved:
             pass
         except RuntimeError:
-            # A scripted module raises an error of its own for an exception within.
+            # A scripted function raises an error of its own for an exception within, which tells nothing of the cause.
             if not self._has_all_saved:
                 raise
 
@@ -256,8 +251,7 @@ class Run:
     def _run_again(self, call: Call, number: int, restored: Restored) -> None:
         """Repeats a call for its outputs."""
         args, kwargs = restored.argument(call.args), restored.argument(call.kwargs)
-        alone = len(self._calls) == 1
-        restored.end_call(number, call.repeat(args, kwargs, alone, self._may_draw))
+        restored.end_call(number, call.repeat(args, kwargs, alone=len(self._calls) == 1))
 
 
 @contextlib.contextmanager

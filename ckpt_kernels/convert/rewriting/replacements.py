@@ -114,6 +114,12 @@ def _are_operands(*tensors: Any) -> bool:
 
 
 @functools.wraps(theirs.layer_norm)
+def layer_norm_of_rows(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5) -> Any:
+    function = ours.layer_norm if _is_row_norm(input, normalized_shape, weight, bias) else theirs.layer_norm
+    return function(input, normalized_shape, weight, bias, eps)
+
+
+@functools.wraps(theirs.layer_norm)
 def _layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5) -> Any:
     if not _is_row_norm(input, normalized_shape, weight, bias):
         return theirs.layer_norm(input, normalized_shape, weight, bias, eps)

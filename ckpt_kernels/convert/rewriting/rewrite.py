@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ...levels import level_of_blocks
 from ..code.code_objects import has_type
@@ -39,7 +40,7 @@ from .native_sites import native_site
 from .note_reasons import IN_LAYERS, is_indexed_by_list, reasons_to_note
 from .noted_trees import DEFINITIONS, NotedTrees
 from .reader import Match, Operand, Reader
-from .replacements import FUNCTION_TYPES, NORMS, exchanging, replacement_for
+from .replacements import FUNCTION_TYPES, NORMS, exchanging, layer_norm_of_rows, replacement_for
 from .result_list import condition_of, next_result
 from .roles import MethodRoles, Role, Roles, tried_act
 from .run_lines import after_lines, lines_without_code, loaded_early, passed
@@ -236,6 +237,9 @@ class _Rewriter(NotedTrees):
         if replacement is None:
             return callee
         function, description = replacement
+        # Writes over views are followed only if the block's own output is the tensor that the model views.
+        if self.follows_writes and known is F.layer_norm:
+            function = layer_norm_of_rows
         self.has_norm = self.has_norm or (has_type(known, FUNCTION_TYPES) and known in NORMS)
         self.descriptions.append(description)
         return self._mapped(callee, exchanging(known, function, is_local))
