@@ -59,6 +59,7 @@ class BufferSnapshot:
         self._version = None if tensor.is_inference() else tensor._version
         is_compared = tensor.numel() <= self._MOST and _has_own_elements(tensor)
         self._copy = _copy_of(tensor, self._version, not self._is_moved) if is_compared else None
+        self._is_registered = not is_compared and any(tensor is buffer for buffer in module._buffers.values())
 
     def end_call(self) -> None:
         """Finds out whether the call has written to the buffer."""
@@ -67,14 +68,23 @@ class BufferSnapshot:
         if self._copy is None or self.tensor.is_cuda:
             self.is_written = self._copy is not None and self._is_moved
         else:
-            self.is_written = not torch.equal(self._copy.value, self.tensor)
+            self.is_written = not self._is_same()
 
     def _has_new_version(self) -> bool:
         return self._version is not None and self.tensor._version != self._version
 
     def is_needed(self) -> bool:
-        """Whether a second run would find another value: the call, or someone since, has written to the buffer."""
-        return self.is_written or self._has_new_version()
+        """Whether a second run would find another value: the call, or someone since, has written to the buffer.
+
+        Of a tensor attribute that cannot be copied this is not known.
+        """
+        if self._copy is None:
+            return self._is_registered and (self.is_written or self._has_new_version())
+        is_comparable = not (self.is_written or self.tensor.is_cuda)
+        return self.is_written or self._has_new_version() or (is_comparable and not self._is_same())
+
+    def _is_same(self) -> bool:
+        return self._copy is not None and torch.equal(self._copy.value, self.tensor)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:

@@ -1,6 +1,9 @@
 """Finds the parameters that a model's own forward writes to, such as a codebook that follows the data."""
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,12 +22,18 @@ def parameters_written_by(forward: Callable[[], Any], parameters: Iterable[nn.Pa
     """
     watch = _Watch([p for p in parameters if type(p) in _PLAIN and p.layout is torch.strided])
     try:
-        with watch:
+        with watch, _without_compilers():
             forward()
     finally:
         for parameter, values in watch.before:
             parameter.data.copy_(values)
     return [parameter for parameter, _ in watch.before]
+
+
+def _without_compilers() -> AbstractContextManager[Any]:
+    """A context in which compiled parts run in eager mode: they would be compiled anew for the mode."""
+    # Without torch's compiler, whose import takes seconds, nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 class _Watch(TorchDispatchMode):
@@ -33,6 +42,8 @@ class _Watch(TorchDispatchMode):
     Attributes:
         before: the parameters that were written to, with copies of their values.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
@@ -45,7 +56,8 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        # Operators such as `torch.cond` have no schema, and call others, which are seen.
+        if hasattr(func, "_schema") and func._schema.is_mutable:
             for index, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     value = args[index] if index < len(args) else kwargs.get(argument.name)

@@ -74,7 +74,7 @@ class NotedTrees:
             return tree
         self.has_notes = True
         add = self._cell(noted.noted_operator(operator.iadd, True))
-        value = at(tree.value, ast.Call(add, [ast.Name(name.id, ast.Load()), tree.value], []))
+        value = at(tree, ast.Call(add, [ast.Name(name.id, ast.Load()), tree.value], []))
         return ast.copy_location(ast.Assign([name], value), tree)
 
     def _with_notes(self, tree: Any) -> Any:

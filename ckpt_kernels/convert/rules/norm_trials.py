@@ -28,6 +28,7 @@ from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import NORMS, is_named_like_one, looks_like_norm
 from .norm_accuracy import are_as_exact, are_close
 from .norm_inputs import ROW_DIMENSIONS, input_shapes, spatial_dimensions
+from .norm_strides import keeps_channels_last, keeps_transposed
 from .norms import Case, Dtypes, Norm, RowNorm
 from .trial import (
     CHANNELS,
@@ -142,17 +143,11 @@ def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
     best = max(range(len(options)), key=lambda index: len(cases[index]))
     (case,) = rule.cases or ()
     wide = case._replace(keeps_data=_keeps_input(outline, rule, _WIDE, requires_grad=False))
-    strided = not rule.channels_first and _keeps_strides(outline)
+    module, first = outline.stand_in(torch.float32), rule.channels_first
+    sizes = input_shapes(outline, first, rule.dimensions if first else (3,))[0]
+    keeps = keeps_channels_last if first else keeps_transposed
+    strided = keeps(functools.partial(_output_of, module, first), sizes)
     return replace(options[best], cases=(wide, *cases[best]), strided=strided)
-
-
-def _keeps_strides(outline: Outline) -> bool:
-    """Whether the output of a transposed input is transposed; False where the output is contiguous."""
-    input = torch.ones(input_shapes(outline, False, (3,))[0], device="cpu").transpose(0, 1)
-    output = _output_of(outline.stand_in(torch.float32), False, input)
-    if not output.is_contiguous() and output.stride() != input.stride():
-        raise NotTriable("returns strides that none of our norms returns")
-    return not output.is_contiguous()
 
 
 def _candidates(outline: Outline) -> Iterator[RowNorm]:

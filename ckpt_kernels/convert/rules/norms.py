@@ -67,7 +67,8 @@ class RowNorm(Norm):
         dimensions: for a norm that was tried, the numbers of dimensions of inputs for which the fused norm computes the
             same.
         shapes: for a norm that was tried, names and shapes of the parameters, None for one that is None.
-        strided: whether the output has the strides of the input.
+        strided: whether the output has the strides of the input; over channels, whether those of a map whose channels
+            are last.
     """
 
     centered: bool
@@ -194,9 +195,13 @@ class RowNorm(Norm):
         if output is not None:
             return output
         output = self._fused(activation, *self._operands(module, input.movedim(1, -1), weight, bias)).movedim(-1, 1)
-        if self.contiguous and input.is_contiguous() and not output.is_contiguous():
+        if self._returns_contiguous(input) and not output.is_contiguous():
             return output.contiguous()
         return _as_no_view(output)
+
+    def _returns_contiguous(self, input: Tensor) -> bool:
+        """Whether the norm over the channels of this map is contiguous."""
+        return self.contiguous and (input.is_contiguous() or not self.strided)
 
     def _over_channels(
         self, activation: str, input: Tensor, _: Any, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -211,7 +216,7 @@ class RowNorm(Norm):
         is_alone = not (input.requires_grad or (weight is not None and weight.requires_grad))
         if is_alone and bias is not None and bias.requires_grad and torch.is_grad_enabled():
             return None
-        channels_last = not (self.contiguous and input.is_contiguous())
+        channels_last = not self._returns_contiguous(input)
         options = self.weight_offset, self.cast_before_weight, channels_last
         return map_norm(input, weight, bias, (eps, self.centered, activation, *options))
 
