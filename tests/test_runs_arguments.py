@@ -18,7 +18,8 @@ WIDTH = 6
 
 
 class Layer(nn.Module):
-    """A layer whose function doubles the result where a condition on the arguments holds."""
+    """A layer whose function doubles the exponent, of which torch saves the power, where a condition on the arguments
+    holds."""
 
     def __init__(self, holds: Callable[..., Any]) -> None:
         super().__init__()
@@ -27,8 +28,8 @@ class Layer(nn.Module):
         self.latent = nn.Parameter(torch.randn(WIDTH))
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        y = self.linear(self.norm(x) + other).exp()
-        return y * 2 if self.holds(self, x, other) else y
+        y = self.linear(self.norm(x) + other)
+        return (y * 2 if self.holds(self, x, other) else y).exp()
 
 
 class Net(nn.Module):
