@@ -5,6 +5,9 @@ import functools
 import random
 import threading
 import time
+import types
+import weakref
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,9 +55,36 @@ class ByHelper(Layer):
 
 class ByImport(Layer):
     def forward(self, x: Tensor) -> Tensor:
-        import random as anything
+        import statistics as anything
 
-        return super().forward(x) * anything.random()
+        return super().forward(x) * anything.NormalDist().samples(1)[0]
+
+
+class Inheriting(ByFunction):
+    pass
+
+
+class Kind(type):
+    """A type whose instances, which are types, draw when they are called."""
+
+    def __call__(cls) -> float:
+        return random.random()
+
+
+class OfKind(metaclass=Kind):
+    pass
+
+
+class Naming(Layer):
+    """Calls a method that a user has given to torch's class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.first.noisy(x))
+
+
+def with_attribute(function: Callable[..., Any], value: Any) -> Callable[..., Any]:
+    function.value = value
+    return function
 
 
 class Sampler:
@@ -90,6 +120,18 @@ DRAWING: dict[str, tuple[type[Layer], Callable[[Any], Any]]] = {
     "a partial function": (Layer, named("noise", functools.partial(torch.relu, scaled))),
     "a default": (Layer, named("noise", collections.defaultdict(random.random))),
     "a compiled function": (Layer, named("noise", torch.compile(scaled))),
+    "evaluated text": (Layer, named("noise", lambda: eval("random" + ".random()"))),
+    "a default of an argument": (Layer, named("noise", lambda draw=random.random: draw())),
+    "a default of a keyword": (Layer, named("noise", lambda *, draw=random.random: draw())),
+    "an attribute of a function": (Layer, named("noise", with_attribute(lambda: None, scaled))),
+    "a base class": (Inheriting, lambda layer: None),
+    "a class of a class": (Layer, named("noise", OfKind)),
+    "a key": (Layer, named("noise", {scaled: 1})),
+    "a read-only dict": (Layer, named("noise", types.MappingProxyType({"key": scaled}))),
+    "a weak reference": (Layer, named("noise", weakref.ref(scaled))),
+    "a method of a list": (Layer, named("noise", [scaled].pop)),
+    "a function in C of another library": (Layer, named("noise", zlib.crc32)),
+    "a module of this package": (lambda: ckpt_kernels.nn.RMSNorm(WIDTH), named("noise", scaled)),
     "an array": (Layer, named("noise", numpy.ones(3))),
 }
 
@@ -104,6 +146,21 @@ def test_code_that_may_draw_is_found(how: str) -> None:
             ckpt_kernels.convert(model := nn.ModuleList([layer]), recompute={"0": "checkpoint"})
             layer = model[0]
         assert may_draw_globally(layer)
+
+
+def test_what_a_user_changed_in_torch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Naming()
+    assert not may_draw_globally(layer)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "noisy", scaled, raising=False)
+        assert may_draw_globally(layer)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: scaled(output))
+    assert may_draw_globally(Layer())
+    handle.remove()
+    assert not may_draw_globally(Layer())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "relu", scaled)
+        assert may_draw_globally(Layer())
 
 
 @pytest.mark.parametrize(
