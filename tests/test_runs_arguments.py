@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 from ckpt_kernels.call_state import BufferSnapshot
 from ckpt_kernels.check import check
+from ckpt_kernels.plan.plan import structure_of
 from ckpt_kernels.runs.arguments import are_plain
 from ckpt_kernels.thin import direct
 
@@ -248,6 +249,18 @@ def test_a_model_with_a_scripted_or_traced_module_is_measured_and_planned(compil
     assert ckpt_kernels.convert(copy.deepcopy(model), inputs=x).kept is not None
     ckpt_kernels.plan(model, x, budget=None, progress=lambda line: None).apply()
     model(x).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("compiled", (scripted, traced))
+def test_a_scripted_or_traced_module_counts_in_no_structure(compiled: Callable[..., nn.Module]) -> None:
+    def structure(name: str, inner: nn.Module, width: int) -> str:
+        model = nn.ModuleDict({"compiled": inner, "plain": nn.ModuleDict({name: nn.Linear(width, 2)})})
+        return structure_of(model)
+
+    known = structure("compiled", compiled(Inner()), 3)
+    assert known == structure("compiled", compiled(nn.Sequential(Inner())), 3)
+    assert known != structure("compiled", compiled(Inner()), 4) and known != structure("other", compiled(Inner()), 3)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
