@@ -111,7 +111,7 @@ def test_numbers_of_the_second_call_are_compared(noise: float) -> None:
 
 
 class Counts(nn.Module):
-    """Counts its calls in a buffer and in an attribute, and returns a tuple."""
+    """Counts its calls in a buffer and in an attribute, draws numbers, and returns a tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,6 +122,7 @@ class Counts(nn.Module):
     def forward(self, x: Tensor) -> Any:
         self.calls += 1
         self.steps += 1
+        numpy.random.rand()
         return self.linear(self.norm(x)), None
 
 

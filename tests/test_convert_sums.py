@@ -81,6 +81,26 @@ class FromZero(Block):
         return self.norm(self.conv(x))
 
 
+class Aliased(Block):
+    """The sum is written over a tensor that has another name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = y = self.norm(self.conv(x))
+        y *= 0.5
+        y += self.shortcut(x)
+        return self.act(y) * z
+
+
+class Weighted(Block):
+    """Sums with factors, by torch's functions and methods of tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.add(self.norm(self.conv(x)), self.shortcut(x), alpha=0.5)
+        z = self.act(y).add(0.3, alpha=2).sub(x, alpha=-3)
+        y = torch.sub(z, 0.7, alpha=2)
+        return F.relu(y.add(x, alpha=0.25))
+
+
 FORMS = (Plus, Branched, FromZero, Method, Expression, OfTensors, OfTensorsInPlace)
 
 
@@ -158,6 +178,11 @@ class Refilled(Block):
 @pytest.mark.parametrize("act", [nn.ReLU, functools.partial(nn.SiLU, inplace=True)], ids=["relu", "silu in place"])
 def test_writes_to_a_sum_that_autograd_does_not_see(act: Callable[[], nn.Module], level: str) -> None:
     ratio((WrittenBefore, WrittenAfter, WrittenThere, Refilled), act, level)
+
+
+@pytest.mark.parametrize("level", ["output", "layer"])
+def test_sums_under_two_names_and_with_factors(level: str) -> None:
+    assert ratio((Aliased, Weighted), nn.ReLU, level) < 1
 
 
 class Normed(nn.Module):

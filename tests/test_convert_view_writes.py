@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ckpt_kernels
+from ckpt_kernels.recompute import discard_outputs, write_over_view
+from ckpt_kernels.recompute.recipes import LONGEST_CHAIN
 
+from .conftest import DEVICE
 from .conversion import close, kept, random_tensor, results_of, twins
 
 WIDTH = 8
@@ -53,7 +56,16 @@ class Partly(Normed):
         return self.last(n)
 
 
-FORMS = (Normed, Transposed, ReadElsewhere, Partly)
+class FirstSample(Normed):
+    """The part that is written over lies in memory as a whole tensor does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = F.layer_norm(self.first(x).permute(0, 2, 3, 1), (WIDTH,), self.weight, self.bias, 1e-5).permute(0, 3, 1, 2)
+        self.act(n[:1])
+        return self.last(n)
+
+
+FORMS = (Normed, Transposed, ReadElsewhere, Partly, FirstSample)
 
 
 class ReadBefore(Normed):
@@ -127,3 +139,22 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_twice() -> None:
     for one, other, right in zip(first, second, expected, strict=True):
         assert torch.equal(one, other)
         torch.testing.assert_close(one, right)
+
+
+@pytest.mark.parametrize("writes", (LONGEST_CHAIN - 1, LONGEST_CHAIN))
+def test_a_long_chain_of_writes_is_not_followed(writes: int) -> None:
+    computed = []
+
+    def scaled(tensor: Tensor) -> Tensor:
+        computed.append(tensor)
+        return tensor * 0.9
+
+    weights = [torch.rand(WIDTH, device=DEVICE).requires_grad_() for _ in range(3)]
+    with discard_outputs():
+        n = ckpt_kernels.functional.layer_norm(random_tensor(5, WIDTH), (WIDTH,), *weights[:2])
+        view = n.transpose(0, 1)
+        for _ in range(writes):
+            write_over_view(lambda tensor: tensor.mul_(0.9), scaled, view)
+        (n @ weights[2]).sum().backward()
+    torch.testing.assert_close(weights[2].grad, n.sum(0))
+    assert len(computed) == (writes if writes < LONGEST_CHAIN else 0)

@@ -292,3 +292,22 @@ def test_the_report_explains_unknown_modules() -> None:
     assert "rand_like" in reason_of(report, "0") and "abs" in reason_of(report, "1")
     # No internal exception's name appears.
     assert not any(word in str(report) for word in ("Error", "Traceback", "NotTried"))
+
+
+class ContiguousChannelNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return rows.permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.mark.parametrize(("kind", "shape"), ((ContiguousChannelNorm, (8,)), (ChannelNorm, (8, 1, 1))))
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+def test_norms_over_channels_keep_the_strides_of_their_outputs(
+    kind: Callable[[tuple[int, ...]], nn.Module], shape: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
+    model, maps = nn.Sequential(kind(shape)), random_tensor(2, 8, 5, 6).to(memory_format=memory_format)
+    expected = model(maps)
+    report = ckpt_kernels.convert(model)
+    assert len(report.replaced) == 1
+    torch.testing.assert_close(model(maps), expected)
+    assert model(maps).stride() == expected.stride()

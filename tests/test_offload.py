@@ -372,3 +372,14 @@ def test_a_weight_with_other_data_has_the_gradient_for_the_values_of_the_forward
         output = twin(x)
         twin[0][2].weight.data = torch.zeros(4, 16)
         torch.testing.assert_close(torch.autograd.grad(output.sum(), x), expected)
+
+
+@pytest.mark.parametrize("of", ("0", "0.1"))
+def test_a_scale_with_other_data_has_the_gradient_for_the_values_of_the_forward_pass(of: str) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)))
+    x = torch.randn(2, 8, requires_grad=True)
+    expected = torch.autograd.grad(model(x).square().sum(), x)
+    offload.offload(model, of, least=1)
+    output = model(x)
+    model[0][1].weight.data = torch.zeros(16)
+    torch.testing.assert_close(torch.autograd.grad(output.square().sum(), x), expected)

@@ -58,3 +58,19 @@ def test_written_parameters_are_found_and_restored(name: str) -> None:
         found = parameters_written_by(lambda: (WRITES[name](written), read + 1), [written, read])
         assert len(found) == 1 and found[0] is written
     assert torch.equal(written, torch.arange(4.0)) and torch.equal(read, torch.arange(4.0))
+
+
+def test_all_parameters_of_written_memory_are_found() -> None:
+    memory = torch.arange(4.0)
+    halves = [nn.Parameter(half, requires_grad=False) for half in memory.split(2)]
+    found = parameters_written_by(lambda: halves[1].add_(1), halves)
+    assert len(found) == 2 and all(one is half for one, half in zip(found, halves, strict=True))
+    assert torch.equal(memory, torch.arange(4.0))
+
+
+def test_operators_without_a_schema_are_called() -> None:
+    x = torch.ones(3)
+    written = nn.Parameter(torch.zeros(3), requires_grad=False)
+    forward = lambda: torch.cond(x.sum() > 0, lambda a: a.sin(), lambda a: a.cos(), (x,)) + written.add_(1)  # noqa: E731
+    assert parameters_written_by(forward, [written]) == [written]
+    assert torch.equal(written, torch.zeros(3))

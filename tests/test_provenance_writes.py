@@ -73,6 +73,10 @@ WRITTEN: dict[str, Callable[[Tensor, Parameters, str], Tensor]] = {
     "a block's output, after a write over it": lambda x, p, how: TF.linear(
         written(TF.elu(normed(x), 0.5, inplace=True), how), p["a"]
     ),
+    "what is made of a block's living output": lambda x, p, how: (
+        n := normed(x),
+        TF.linear(written(TF.silu(n), how), p["a"]),
+    )[1],
     "what is cast": lambda x, p, how: TF.linear(written(normed(x), how).double(), p["a"].double()),
     "a sum": lambda x, p, how: TF.linear(TF.relu(written(normed(x) + normed(x.sin()), how)), p["a"]),
     "a sum in place": lambda x, p, how: TF.linear(TF.relu(written(normed(x).add_(normed(x.sin())), how)), p["a"]),

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 import ckpt_kernels
 from ckpt_kernels.call_state import BufferSnapshot
 from ckpt_kernels.check import check
+from ckpt_kernels.plan.plan import structure_of
+from ckpt_kernels.runs.arguments import are_plain
 from ckpt_kernels.thin import direct
 
 WIDTH = 6
 
 
 class Layer(nn.Module):
-    """A layer whose function doubles the result where a condition on the arguments holds."""
+    """A layer whose function doubles the exponent, of which torch saves the power, where a condition on the arguments
+    holds."""
 
     def __init__(self, holds: Callable[..., Any]) -> None:
         super().__init__()
@@ -27,8 +30,8 @@ class Layer(nn.Module):
         self.latent = nn.Parameter(torch.randn(WIDTH))
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        y = self.linear(self.norm(x) + other).exp()
-        return y * 2 if self.holds(self, x, other) else y
+        y = self.linear(self.norm(x) + other)
+        return (y * 2 if self.holds(self, x, other) else y).exp()
 
 
 class Net(nn.Module):
@@ -40,8 +43,11 @@ class Net(nn.Module):
         if not is_leaf:
             x = x * 1
             x.is_marked = True
+        first = x
         for layer in self.layers:
             x = layer(x, layer.latent)
+        if not is_leaf:
+            first.is_marked = False
         return x
 
 
@@ -104,6 +110,26 @@ class Moving(Scaled):
         return super().forward(x)
 
 
+class Unseen(Scaled):
+    """A layer that writes to the buffer without a new version."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.data.mul_(0.7)
+        return super().forward(x)
+
+    def move(self) -> None:
+        """Nobody else writes."""
+
+
+class Asking(Unseen):
+    """A layer that asks for gradients within the forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        (slope,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        return y + slope.detach()
+
+
 def passes(net: nn.Module) -> list[Tensor]:
     """Two forward passes, then one backward pass, with writes after each forward pass; and the tensors at the end."""
     x = torch.linspace(-1, 1, 2 * WIDTH, dtype=torch.float64).view(2, WIDTH).requires_grad_()
@@ -117,7 +143,7 @@ def passes(net: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("library", (direct.thin_module, None))
-@pytest.mark.parametrize("kind", (Scaled, Moving))
+@pytest.mark.parametrize("kind", (Scaled, Moving, Unseen, Asking))
 def test_tensors_written_between_the_passes_have_the_values_of_the_first(
     kind: type[Scaled], library: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,12 +175,42 @@ def test_a_write_to_a_large_buffer_between_the_passes_is_an_error() -> None:
         loss.backward()
 
 
+def test_a_large_attribute_that_a_layer_writes_to_is_no_error() -> None:
+    class Remembering(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.bank[0] = x.detach().sum()
+            return super().forward(x).exp()
+
+    layer = Remembering(WIDTH, WIDTH)
+    layer.bank = torch.zeros(2**16 + 1)
+    ckpt_kernels.convert(net := nn.Sequential(layer), recompute={"0": "checkpoint"})
+    net(torch.ones(2, WIDTH)).sum().backward()
+    assert layer.weight.grad is not None
+
+
 def test_calls_share_the_copies_of_a_buffer_that_nobody_writes_to() -> None:
     layer = Scaled()
     first, second = (BufferSnapshot(layer.scale, layer) for _ in range(2))
-    layer.scale.add_(1)
+    layer.scale.add_(0)
     third = BufferSnapshot(layer.scale, layer)
     assert first._copy is second._copy is not third._copy
+    other = layer.scale.clone()
+    assert third._copy.is_of(layer.scale, layer.scale._version) and not third._copy.is_of(other, layer.scale._version)
+
+
+@pytest.mark.parametrize("is_training", (True, False))
+def test_calls_share_no_copies_of_statistics_in_training(is_training: bool) -> None:
+    norm = nn.BatchNorm1d(WIDTH).train(is_training)
+    first, second = (BufferSnapshot(norm.running_mean, norm) for _ in range(2))
+    assert (first._copy is second._copy) == (not is_training)
+
+
+def test_which_arguments_a_call_may_be_repeated_with() -> None:
+    number = torch.ones(2)
+    assert are_plain([number, (1, {"a": (number, "b")}), None, torch.float32])
+    nested = torch.nested.nested_tensor([number, number[:1]])
+    for value in ([number], {"a": [1]}, ({"a": {number}},), nested, (nested,), number.to_sparse(), object()):
+        assert not are_plain([value])
 
 
 class Inner(nn.Module):
@@ -164,6 +220,27 @@ class Inner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.linear(self.norm(x)))
+
+
+@torch.jit.script
+def scripted_tanh(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+class CallingScripted(Inner):
+    def forward(self, x: Tensor) -> Tensor:
+        return scripted_tanh(self.linear(self.norm(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_layer_that_ends_with_a_scripted_function_runs_again() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(CallingScripted(), CallingScripted()).double()
+    x = torch.linspace(-1, 1, 2 * WIDTH, dtype=torch.float64).view(2, WIDTH)
+    expected = torch.autograd.grad(net(x).sum(), list(net.parameters()))
+    ckpt_kernels.convert(net, recompute={"0": "checkpoint", "1": "checkpoint"})
+    for _ in range(3):
+        torch.testing.assert_close(torch.autograd.grad(net(x).sum(), list(net.parameters())), expected)
 
 
 def scripted(model: nn.Module) -> nn.Module:
@@ -207,6 +284,18 @@ def test_a_model_with_a_scripted_or_traced_module_is_measured_and_planned(compil
     assert ckpt_kernels.convert(copy.deepcopy(model), inputs=x).kept is not None
     ckpt_kernels.plan(model, x, budget=None, progress=lambda line: None).apply()
     model(x).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("compiled", (scripted, traced))
+def test_a_scripted_or_traced_module_counts_in_no_structure(compiled: Callable[..., nn.Module]) -> None:
+    def structure(name: str, inner: nn.Module, width: int) -> str:
+        model = nn.ModuleDict({"compiled": inner, "plain": nn.ModuleDict({name: nn.Linear(width, 2)})})
+        return structure_of(model)
+
+    known = structure("compiled", compiled(Inner()), 3)
+    assert known == structure("compiled", compiled(nn.Sequential(Inner())), 3)
+    assert known != structure("compiled", compiled(Inner()), 4) and known != structure("other", compiled(Inner()), 3)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")

@@ -1,0 +1,62 @@
+"""The recipes for which a tensor at a layer's boundary is not kept: one block, and cheap ops after it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ckpt_kernels import functional as F
+from ckpt_kernels.recompute import discard_outputs, discarding, note
+from ckpt_kernels.recompute.cheap_recipes import has_cheap_recipe
+
+from .conftest import DEVICE
+from .conversion import WIDTH, random_tensor
+
+
+def normed(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (WIDTH,), torch.ones(WIDTH, device=DEVICE))
+
+
+def scaled(x: Tensor) -> Tensor:
+    note(y := x * 3.0, x, 3.0)
+    return y
+
+
+def summed(x: Tensor, other: Tensor) -> Tensor:
+    note(y := x + other, x, other)
+    return y
+
+
+def product(x: Tensor) -> Tensor:
+    """A product that a layer computes again."""
+    weight = torch.full((WIDTH, WIDTH), 0.1, device=DEVICE).requires_grad_()
+    return F.act_linear(x, weight, activation="silu")
+
+
+# By name: the tensor of an input, and whether the tensor has such a recipe.
+MADE: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "a block": (normed, True),
+    "a block, scaled": (lambda x: scaled(normed(x)), True),
+    "a block, scaled twice": (lambda x: scaled(scaled(normed(x))), True),
+    "two blocks": (lambda x: normed(normed(x)), False),
+    "two blocks, scaled": (lambda x: scaled(normed(normed(x))), False),
+    "two blocks, scaled twice": (lambda x: scaled(scaled(normed(normed(x)))), False),
+    "a sum with two blocks": (lambda x: summed(normed(x), normed(normed(x))), False),
+    "a product of torch": (lambda x: x @ x.T, False),
+    "a product, scaled": (lambda x: scaled(product(x)), False),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_which_tensors_have_a_cheap_recipe(name: str) -> None:
+    make, is_cheap = MADE[name]
+    x = random_tensor(16, WIDTH).requires_grad_()
+    with discard_outputs():
+        discarder: Any = discarding()
+        with discarder.at("layer"):
+            made = make(x)
+            rules = discarder.rules
+            assert has_cheap_recipe(made, discarder) == is_cheap
+            assert discarder.rules is rules
