@@ -4,6 +4,7 @@ Such a recipe reads tensors that are kept, and runs no product, so that the next
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -50,11 +51,14 @@ def has_cheap_recipe(tensor: Tensor, source: Source) -> bool:
         return False
     # The recipe of a step has the step as the argument of its function.
     (step, *_) = traced.rebuild.args
-    return isinstance(step, Step) and all(_is_of_block(claim.recipe) for claim in _claims_of(step))
+    return isinstance(step, Step) and all(_is_cheap(claim.recipe, tensor) for claim in _claims_of(step))
 
 
-def _is_of_block(recipe: Recipe) -> bool:
-    return recipe.depth == 1 and not isinstance(recipe.rebuild, Product | functools.partial)
+def _is_cheap(recipe: Recipe, tensor: Tensor) -> bool:
+    """Whether a recipe is that of a block, whose output is no larger than the tensor: the input of a block before a
+    pooling is larger than the pooled tensor, and would be kept in the place of that."""
+    is_of_block = recipe.depth == 1 and not isinstance(recipe.rebuild, Product | functools.partial)
+    return is_of_block and recipe.layout is not None and math.prod(recipe.layout[0]) <= tensor.numel()
 
 
 def _claims_of(step: Step) -> Iterator[Claim]:
