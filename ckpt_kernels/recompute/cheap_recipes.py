@@ -51,7 +51,8 @@ def has_cheap_recipe(tensor: Tensor, source: Source) -> bool:
         return False
     # The recipe of a step has the step as the argument of its function.
     (step, *_) = traced.rebuild.args
-    return isinstance(step, Step) and all(_is_cheap(claim.recipe, tensor) for claim in _claims_of(step))
+    claims = list(_claims_of(step)) if isinstance(step, Step) else []
+    return bool(claims) and all(_is_cheap(claim.recipe, tensor) for claim in claims)
 
 
 def _is_cheap(recipe: Recipe, tensor: Tensor) -> bool:

@@ -142,8 +142,9 @@ PyObject* held(PyObject*, PyObject* const* objects, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"held", CKPT_FAST(held),
      "held(layer, containers, of_torch, tensor, generator, any): the modules, parameters, (buffer, module) also for "
-     "tensors without a graph among the attributes, and generators of a layer, and for the state of the modules dicts with their copies: the attributes, those under "
-     "the names `containers`, and the dicts whose copies have `any` for a value that may hold a graph, under a name "
+     "tensors without a graph among the attributes, and generators of a layer, and for the state of the modules dicts "
+     "with their copies: the attributes, those under the names `containers`, and the dicts whose copies have `any` for "
+     "a value that may hold a graph, under a name "
      "not in `of_torch`. None where Python must decide."},
     {nullptr, nullptr, 0, nullptr},
 };
