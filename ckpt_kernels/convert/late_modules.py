@@ -22,7 +22,7 @@ LATE_CLASSES = frozenset(kind for kind in vars(nn).values() if isinstance(kind, 
 }
 
 
-class LateConversion(Protocol):
+class ContinuedConversion(Protocol):
     """What a forward needs of the conversion that it continues: see `late_conversion`."""
 
     seen: set["weakref.ref[nn.Module]"]
@@ -37,15 +37,15 @@ class LateConversion(Protocol):
     def convert_adapters(self) -> None: ...
 
 
-_by_module: "weakref.WeakKeyDictionary[nn.Module, LateConversion]" = weakref.WeakKeyDictionary()
+_by_module: "weakref.WeakKeyDictionary[nn.Module, ContinuedConversion]" = weakref.WeakKeyDictionary()
 
 
-def set_late_conversion(modules: Iterable[nn.Module], conversion: LateConversion) -> None:
+def set_late_conversion(modules: Iterable[nn.Module], conversion: ContinuedConversion) -> None:
     """Has the forwards of these modules look for added modules, and convert them by `conversion`."""
     _by_module.update(dict.fromkeys(modules, conversion))
 
 
-def late_conversion_of(module: nn.Module) -> LateConversion | None:
+def late_conversion_of(module: nn.Module) -> ContinuedConversion | None:
     """The late conversion that the forward of this module runs, or None."""
     return _by_module.get(module)
 

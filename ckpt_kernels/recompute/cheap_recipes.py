@@ -27,7 +27,7 @@ class Product:
         return self.function(*operands)
 
 
-class Source(Protocol):
+class RecipeSource(Protocol):
     """The interface of a context that this module asks for recipes."""
 
     all_entries: Entries
@@ -36,7 +36,7 @@ class Source(Protocol):
     def source_of(self, tensor: Tensor) -> Recipe | Tensor | None: ...
 
 
-def has_cheap_recipe(tensor: Tensor, source: Source) -> bool:
+def has_cheap_recipe(tensor: Tensor, source: RecipeSource) -> bool:
     """Whether the tensor has such a recipe: a recorded one, or one that the autograd graph shows."""
     entry = source.all_entries.of(tensor)
     recorded = None if entry is None else entry.recipe()

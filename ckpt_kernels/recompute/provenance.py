@@ -141,7 +141,7 @@ class Trace:
         if wrote_over_operand(node, version):
             return True
         origin = origin_of(node, self._source)
-        if origin is None or origin.tensor.storage.cdata != storage or origin.tensor.storage.expired():
+        if origin is None or origin.source.storage.cdata != storage or origin.source.storage.expired():
             return False
         if version - origin.version != len(origin.writers):
             return False
@@ -219,10 +219,10 @@ class Trace:
     def _is_written_output(self, node: Any) -> bool:
         """Whether the output is a block's or a watched one that only this node and the nodes before it wrote to."""
         origin = origin_of(node, self._source)
-        output = None if origin is None else origin.tensor.output()
+        output = None if origin is None else origin.source.output()
         if origin is None or output is None or output.grad_fn is not node:
             return False
-        return self.is_written_by_graph(node, origin.tensor.storage.cdata, output._version)
+        return self.is_written_by_graph(node, origin.source.storage.cdata, output._version)
 
     def _operand_at_or_small(self, edge: Edge, is_unwritten: bool, small: SmallOperand | None) -> Any:
         """The operand at an edge; if there is none, the noted small operand."""

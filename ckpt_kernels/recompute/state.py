@@ -16,7 +16,7 @@ from .small_operands import SmallOperands
 from .stacked_weights import StackedWeights
 
 # The ops that may run again, at the levels where products may; at other levels they are `RULES`.
-_RULES = {"all": RULES_AND_PRODUCTS, "layer": RULES_IN_LAYERS}
+_RULES_AT = {"all": RULES_AND_PRODUCTS, "layer": RULES_IN_LAYERS}
 # The same for every context without a module.
 _ANY_BIAS, _NO_STACKED_WEIGHTS = Biases(None), StackedWeights(None)
 
@@ -84,7 +84,7 @@ class State:
         self.is_paused = level == "block"
         # Within a layer matrix products run again, whatever reads them.
         self.is_in_layer = level == "layer"
-        self.rules = _RULES.get(level, RULES)
+        self.rules = _RULES_AT.get(level, RULES)
 
     def close(self) -> None:
         """Closes the context: recipes live only through their claims, and tensors saved from now on are kept."""

@@ -19,12 +19,12 @@ MOST_WRITES = 6
 class Origin(NamedTuple):
     """A tensor as it was at a version, before `writers` wrote to it, the last of them first.
 
-    The tensor is the output of a block, or a watched one, which has no `block`. `tensor` has weak references to the
-    storage and the tensor object.
+    The tensor is the output of a block, or a watched one, which has no `block`. `source` refers weakly to the tensor
+    and its storage.
     """
 
     writers: list[Any]
-    tensor: Entry | Watched
+    source: Entry | Watched
     version: int
     block: Block | None
 

@@ -12,7 +12,8 @@ def at(location: ast.AST, tree: ast.expr) -> ast.expr:
     for node in ast.walk(tree):
         if isinstance(node, ast.expr | ast.keyword) and not hasattr(node, "lineno"):
             ast.copy_location(node, location)
-            if isinstance(node, ast.Attribute):  # the compiler places a method's load on the last line
+            # Python's compiler gives the load of a method the line where the attribute ends, not where it begins.
+            if isinstance(node, ast.Attribute):
                 node.end_lineno, node.end_col_offset = node.lineno, node.col_offset
     return tree
 

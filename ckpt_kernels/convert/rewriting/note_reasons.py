@@ -52,7 +52,7 @@ def adds_casts(function: types.FunctionType) -> bool:
     return "to" in names and not names.isdisjoint(("index_add", "index_add_"))
 
 
-def moves_channels(function: types.FunctionType, roles: Roles) -> bool:
+def activates_permuted_norm(function: types.FunctionType, roles: Roles) -> bool:
     """Whether a function has a norm, permutes dimensions, and activates anything."""
     kinds = {role.kind for role in roles.values()}
     if kinds.isdisjoint(("act", "write")) or _PERMUTATIONS.isdisjoint(names_in(function.__code__)):

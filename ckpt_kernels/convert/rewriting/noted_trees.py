@@ -14,7 +14,7 @@ from ..code.straight_line import OPAQUE
 from ..code.syntax_trees import at, with_changed_children
 from . import noted_operations as noted
 from .activated_sums import activates_sums
-from .note_reasons import adds_casts, moves_channels
+from .note_reasons import activates_permuted_norm, adds_casts
 from .roles import Roles
 
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -31,7 +31,7 @@ class NotedTrees:
         # Above the level "block" outputs are discarded, and recipes need notes of sums and products.
         self.makes_notes = recompute != "block"
         self.watches_sums = self.makes_notes and activates_sums(function, roles)
-        self.follows_writes = self.makes_notes and moves_channels(function, roles)
+        self.follows_writes = self.makes_notes and activates_permuted_norm(function, roles)
         # Where products run again, so do the casts of products.
         self.notes_casts = self.makes_notes and (recompute != "output" or adds_casts(function))
         self.has_notes = False

@@ -36,9 +36,9 @@ def looks_like_activation(module: nn.Module) -> bool:
     return (named is not None or isinstance(module, ACTIVATIONS)) and not children_of(module)
 
 
-def is_named_like_one(name: str) -> bool:
+def has_name_of_norm_or_activation(name: str) -> bool:
     """Whether a module's name in a model, such as "layers.0.norm1", is that of a norm, an activation or a gate."""
-    return any(_NAMED_ATTRIBUTE.search(part) for part in name.split(".")[-1:])
+    return _NAMED_ATTRIBUTE.search(name.rpartition(".")[2]) is not None
 
 
 def looks_like_several(module: nn.Module) -> str:

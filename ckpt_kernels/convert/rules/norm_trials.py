@@ -25,7 +25,7 @@ from ..code.snapshots import NotTriable
 from ..module_tree import children_of, tensors_of
 from ..operands import has_forward_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
-from .likeness import NORMS, is_named_like_one, looks_like_norm
+from .likeness import NORMS, has_name_of_norm_or_activation, looks_like_norm
 from .norm_accuracy import are_as_exact, are_close
 from .norm_inputs import ROW_DIMENSIONS, input_shapes, spatial_dimensions
 from .norm_strides import keeps_channels_last, keeps_transposed
@@ -92,7 +92,7 @@ def norm_of(module: nn.Module, name: str = "") -> tuple[Norm | None, str]:
         result = str(error)
     if isinstance(result, RowNorm):
         return result, ""
-    return None, result if looks_like_norm(module) or is_named_like_one(name) else ""
+    return None, result if looks_like_norm(module) or has_name_of_norm_or_activation(name) else ""
 
 
 def _why_no_trial(module: nn.Module) -> str:

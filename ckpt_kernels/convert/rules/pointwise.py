@@ -24,7 +24,7 @@ from ..native_guards import MISSING, ActivationGuard, Binding, ModuleGuard
 from ..operands import CALLS_FORWARD, FORWARDS, HOOKS, has_forward_of, is_called_plainly
 from ..swap import is_patched, original_of, rule_of
 from .activation_trials import TrialResult, activation_of_module
-from .likeness import is_named_like_one, looks_like_activation
+from .likeness import has_name_of_norm_or_activation, looks_like_activation
 from .rule import Rule, UnaryRule
 from .trial import outline_of, takes_one_argument
 
@@ -132,7 +132,7 @@ def pointwise_of(module: nn.Module, name: str = "") -> tuple[Rule | None, str]:
         # Converted only within a call site that has just computed the input: see `activation_of`.
         unknown = name_of(module) is None and looks_like_activation(module)
         return None, _why_none(module) if unknown else ""
-    is_like_one = looks_like_activation(module) or (is_named_like_one(name) and _is_tried(module))
+    is_like_one = looks_like_activation(module) or (has_name_of_norm_or_activation(name) and _is_tried(module))
     try:
         trial, settings, code, absent = _named(module)
     except NotTriable as error:
