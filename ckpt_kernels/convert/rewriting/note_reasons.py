@@ -52,10 +52,15 @@ def adds_casts(function: types.FunctionType) -> bool:
     return "to" in names and not names.isdisjoint(("index_add", "index_add_"))
 
 
+def permutes_dimensions(function: types.FunctionType) -> bool:
+    """Whether a function names a permutation of dimensions."""
+    return not _PERMUTATIONS.isdisjoint(names_in(function.__code__))
+
+
 def activates_permuted_norm(function: types.FunctionType, roles: Roles) -> bool:
     """Whether a function has a norm, permutes dimensions, and activates anything."""
     kinds = {role.kind for role in roles.values()}
-    if kinds.isdisjoint(("act", "write")) or _PERMUTATIONS.isdisjoint(names_in(function.__code__)):
+    if kinds.isdisjoint(("act", "write")) or not permutes_dimensions(function):
         return False
     replaced = [value for role in roles.values() if role.kind == "replacement" for value in role.values]
     return "norm" in kinds or any(value is norm for value in replaced for norm in _ROW_NORMS)

@@ -37,7 +37,7 @@ from .callable_objects import replacing_call
 from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
 from .native_sites import native_site
-from .note_reasons import IN_LAYERS, is_indexed_by_list, reasons_to_note
+from .note_reasons import IN_LAYERS, is_indexed_by_list, permutes_dimensions, reasons_to_note
 from .noted_trees import DEFINITIONS, NotedTrees
 from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, NORMS, exchanging, layer_norm_of_rows, replacement_for
@@ -237,8 +237,9 @@ class _Rewriter(NotedTrees):
         if replacement is None:
             return callee
         function, description = replacement
-        # Writes over views are followed only if the block's own output is the tensor that the model views.
-        if self.follows_writes and known is F.layer_norm:
+        # A norm of a map as it lies pays only where the function moves the channels back. Recipes of views of the norm
+        # are found, and writes over them followed, only if the block's own output is the tensor that the model views.
+        if known is F.layer_norm and (self.follows_writes or not permutes_dimensions(self.function)):
             function = layer_norm_of_rows
         self.has_norm = self.has_norm or (has_type(known, FUNCTION_TYPES) and known in NORMS)
         self.descriptions.append(description)
