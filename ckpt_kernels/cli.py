@@ -86,6 +86,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         metavar="BUDGET",
         help='"12GiB", bytes, a fraction of eager\'s peak such as 0.5, or "device" (default: none, the fastest)',
     )
+    planned.add_argument("--offload", action="store_true", help="layers may keep their tensors in host memory")
     planned.add_argument("--png", type=picture, metavar="FILE", help="draw time against peak to FILE")
     planned.add_argument("--out", type=file, metavar="FILE", help="write the plan to FILE, for Plan.load")
     kernels = commands.add_parser(
@@ -220,7 +221,7 @@ def _plan(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     try:
-        best_plan = plan(model, *args, budget=options.budget, **kwargs)
+        best_plan = plan(model, *args, budget=options.budget, offload=options.offload, **kwargs)
     except DoesNotFit as error:
         print(error, file=sys.stderr)
         return 1

@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 _streams: dict[torch.device, "torch.cuda.Stream"] = {}
+_copied = 0
+# Bytes of the copies that `seconds_per_byte` times.
+_SAMPLE = 2**26
+
+
+def bytes_copied() -> int:
+    """The bytes that this process has copied to host memory so far."""
+    return _copied
 
 
 def _stream(device: torch.device) -> "torch.cuda.Stream":
@@ -19,6 +27,8 @@ def _stream(device: torch.device) -> "torch.cuda.Stream":
 
 def to_host(data: Tensor) -> Tensor:
     """A copy of bytes in pinned memory, complete once the copy stream is."""
+    global _copied
+    _copied += data.nbytes
     if data.device.type == "cpu":
         return torch.frombuffer(bytearray(max(data.nbytes, 1)), dtype=torch.uint8)[: data.nbytes].copy_(data)
     host = torch.empty_like(data, device="cpu", pin_memory=True)
@@ -39,3 +49,21 @@ def from_host(host: Tensor, device: torch.device) -> "tuple[Tensor, torch.cuda.E
         data = torch.empty_like(host, device=device, pin_memory=False)
         data.copy_(host, non_blocking=True)
         return data, stream.record_event()
+
+
+def seconds_per_byte(device: torch.device) -> float:
+    """The seconds that a copy to host memory or back takes on the copy stream; 0.0 on a CPU, where there is none."""
+    if device.type == "cpu":
+        return 0.0
+    data = torch.empty(_SAMPLE, dtype=torch.uint8, device=device)
+    stream = _stream(device)
+    seconds = []
+    for _ in range(3):
+        host = to_host(data)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record(stream)
+        from_host(host, device)
+        events[1].record(stream)
+        events[1].synchronize()
+        seconds.append(events[0].elapsed_time(events[1]) / 1e3)
+    return min(seconds) / _SAMPLE

@@ -44,6 +44,7 @@ LEAST = 2**20
 # The storage of a tensor is copied whole, for all views of the storage. If the storage is larger than the tensor by
 # more than this ratio, only the tensor is copied: the rest belongs to something else.
 MOST_STORAGE_RATIO = 4
+SIMULATED = "the model is on the CPU, where offload is simulated and saves no memory"
 
 
 def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
@@ -109,7 +110,7 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
 def warn_if_simulated(model: nn.Module) -> None:
     """Warns that offloading saves no memory, if the model is on the CPU."""
     if all(tensor.device.type == "cpu" for tensor in tensors_of(model)):
-        warnings.warn("the model is on the CPU, where offload is simulated and saves no memory", stacklevel=3)
+        warnings.warn(SIMULATED, stacklevel=3)
 
 
 class Offloading:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ckpt_kernels.plan.costs import Assignment, Stage, StageAt
+from ckpt_kernels.plan.costs import Assignment, Stage, StageAt, stages_of
 
 
 def simulated(stages: Sequence[Stage], assignment: Assignment) -> tuple[int, float]:
@@ -17,6 +17,8 @@ def simulated(stages: Sequence[Stage], assignment: Assignment) -> tuple[int, flo
 @dataclass
 class _Clock:
     level: int = 0
+    # Bytes of the next offloaded stage that are on the device already.
+    prefetched: int = 0
     peak: int = 0
     seconds: float = 0.0
 
@@ -47,9 +49,14 @@ def _forward(stages: Sequence[Stage], assignment: Assignment, clock: _Clock) -> 
 
 
 def _backward(stages: Sequence[Stage], assignment: Assignment, clock: _Clock) -> None:
-    for part in reversed(assignment):
+    for place, part in reversed(list(enumerate(assignment))):
         if isinstance(part, StageAt):
             stage, cost = stages[part.stage], stages[part.stage].costs[part.level]
+            if cost.offloaded:
+                # `backward_peak` counts the stage's own tensors.
+                clock.level -= clock.prefetched
+                clock.prefetched = _offloaded_last(stages, assignment[:place])
+                clock.level += clock.prefetched
             clock.reach(cost.backward_peak)
             clock.level += stage.left - cost.kept
             clock.seconds += cost.backward
@@ -62,3 +69,9 @@ def _backward(stages: Sequence[Stage], assignment: Assignment, clock: _Clock) ->
         _backward(stages, part.inside, clock)
         # Up to here as if the run had kept nothing; the tensors that its first pass kept are freed now.
         clock.level -= sum(c.kept for s in stages[part.first : part.last + 1] if (c := s.checkpointed))
+
+
+def _offloaded_last(stages: Sequence[Stage], assignment: Assignment) -> int:
+    """The bytes that the last offloaded stage moves; 0 without one."""
+    moved = (stages[at.stage].costs[at.level].offloaded for at in stages_of(assignment))
+    return next(filter(None, reversed(list(moved))), 0)

@@ -8,7 +8,8 @@
 and ends. `measure` turns these steps into the cost of each choice for each layer (`trials` measures memory, `timing`
 measures seconds); the costs form a chain of stages (`stages`, `costs`). `chain` predicts the cost of an assignment of
 choices to stages, and `solve` finds the fastest assignment for every amount of memory, with the Pareto fronts of
-`fronts`. `search` runs the best candidates, and the same level for all layers beside them. `Plan` is the result.
+`fronts`; `offloading` solves chains whose layers may keep tensors in host memory. `search` runs the best candidates,
+and the same level for all layers beside them. `Plan` is the result.
 """
 
 import contextlib
@@ -38,6 +39,7 @@ def plan(
     budget: Budget,
     loss: Callable[[Any], Tensor] | None = None,
     tiles: Iterable[int] | None = None,
+    offload: bool = False,
     progress: Callable[[str], None] | None = None,
     **kwargs: Any,
 ) -> Plan:
@@ -71,6 +73,9 @@ def plan(
         tiles: numbers of tiles that MLPs may split their tokens into, at the levels that support tiles. A number is
             tried if each tile has at least 256 tokens (2,048 on a GPU), and offered to a layer if it lowers the layer's
             peak. None tries the largest such number of 8, 4 and 2; () tries none.
+        offload: whether layers may also keep their tensors in host memory, at the levels "output", "all" and "layer"
+            (see `offload.offload`). Host memory has no budget. On a CPU, where this is simulated, such a plan saves no
+            memory.
         progress: called with a line before each step. By default the lines go to stderr if that is a terminal.
 
     Returns:
@@ -104,6 +109,8 @@ def plan(
     tiles = None if tiles is None else list(tiles)
     if tiles is not None and not all(is_count(number) and number > 1 for number in tiles):
         raise ValueError(f"tiles is {tiles!r}; expected whole numbers above 1")
+    if not isinstance(offload, bool):
+        raise TypeError(f"offload is {offload!r}; expected True or False")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"the model is on {device}, where steps are not measured; expected a CPU or a CUDA device")
@@ -111,7 +118,7 @@ def plan(
     try:
         with torch.inference_mode(False), _without_gradients(model):
             bench = Bench(model, inputs, kwargs, loss, progress or _print_progress)
-            measurements, reason = _measurements(bench, tiles)
+            measurements, reason = _measurements(bench, tiles, offload)
             if measurements is None:
                 return one_level(model, bench, budget, reason)
             return fastest(model, bench, measurements, budget_bytes(budget, measurements.steps, bench.device))
@@ -137,10 +144,10 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _measurements(bench: Bench, tiles: list[int] | None) -> tuple[Measurements | None, str]:
+def _measurements(bench: Bench, tiles: list[int] | None, offload: bool) -> tuple[Measurements | None, str]:
     """Return the measured costs, or None and the reason why the layers cannot be planned one by one."""
     try:
-        return measure_choices(bench, tiles), ""
+        return measure_choices(bench, tiles, offload), ""
     except NotAChain as reason:
         return None, str(reason)
     except NotSwapped as reason:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import random
 import types
+import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from ..levels import NONE, OF_MODULES, WITHIN_CHECKPOINT, Policy
 from ..memory import random_numbers_kept
 from ..model_copies import copy_sharing_parameters, deep_copied
 from ..nested_values import tensors_in
+from ..offload import SIMULATED
 from ..runs import Place, is_sharded
 from .marks import Point, Recorder, marking, peak_of
 from .written_parameters import parameters_written_by
@@ -171,7 +173,10 @@ class Bench:
         if recompute is None:
             revert(twin)
         else:
-            convert(twin, recompute=recompute)
+            with warnings.catch_warnings():
+                # A plan notes the same once.
+                warnings.filterwarnings("ignore", SIMULATED)
+                convert(twin, recompute=recompute)
         for original, shared in zip(self.model.parameters(), twin.parameters(), strict=True):
             if shared.requires_grad:
                 if id(original) not in self._gradients:

@@ -12,13 +12,19 @@ when s begins. The need is the maximum of
 
 The seconds are the sum of the transition's own, those of the rest, and those of the inside. `solve` and `predicted` use
 no other model of a step.
+
+The backward pass of an offloaded layer first copies the layer's tensors back to the device, and prefetches those of the
+next offloaded layer, which are on the device while all layers in between run backward. So in an assignment with
+offloaded layers the *reserve*, the largest number of bytes that one of them moves, counts as left by the last stage,
+the code after the last layer: for the backward pass of all layers but the first, during which nothing is prefetched.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from .costs import Assignment, Stage, StageAt, first_of, last_of
+from .costs import FIXED, Assignment, Stage, StageAt, first_of, last_of, stages_of
 
 # A checkpoint may span any number of stages up to ALL_LENGTHS, and some numbers up to LONGEST (see `is_length`).
 ALL_LENGTHS = 32
@@ -123,8 +129,21 @@ def predicted(stages: Sequence[Stage], assignment: Assignment) -> tuple[int, flo
         ValueError: a stage does not have the level assigned; a checkpoint has stages that may not run twice, or that
             do not follow each other.
     """
-    need, seconds = _need_and_seconds(Chain(stages), assignment, nested=False)
+    costs = (stages[at.stage].costs.get(at.level) for at in stages_of(assignment))
+    reserve = max((cost.offloaded for cost in costs if cost), default=0)
+    need, seconds = _need_and_seconds(Chain(with_reserve(stages, reserve)), assignment, nested=False)
     return max(need, 0), seconds
+
+
+def with_reserve(stages: Sequence[Stage], reserve: int) -> Sequence[Stage]:
+    """Return the chain in which the last stage leaves the reserve too, and the stage after the first layer frees it."""
+    if not reserve:
+        return stages
+    chain = list(stages)
+    first = next(index for index, stage in enumerate(stages) if FIXED not in stage.costs)
+    for index, left in ((len(chain) - 1, reserve), (min(first + 1, len(chain) - 1), -reserve)):
+        chain[index] = replace(chain[index], left=chain[index].left + left, alike=-1 - index)
+    return chain
 
 
 def _need_and_seconds(chain: Chain, parts: Assignment, nested: bool) -> tuple[int, float]:

@@ -25,6 +25,7 @@ class Cost:
             with as many tiles as the choice inside, and was measured with one number of tiles only.
         inside: seconds that the choice adds within a checkpoint, where the stage runs twice, beside those of
             `Checkpointed`, which are the same for all choices.
+        offloaded: bytes in host memory from the forward to the backward pass. `backward_peak` includes these bytes.
     """
 
     kept: int
@@ -34,6 +35,7 @@ class Cost:
     backward: float
     may_be_inside: bool = True
     inside: float = 0.0
+    offloaded: int = 0
 
     @property
     def seconds(self) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.rules.rule import Forward
+from ..host_memory import bytes_copied
 from ..memory.peak import profile_of_memory
 from ..nested_values import tensors_among
 from ..runs import is_repeating
@@ -60,6 +61,7 @@ class Recorder:
         follows: whether each layer took the output of the layer before unchanged.
         shapes: shapes and dtypes of the tensors that each layer was called with.
         not_plain: the types of arguments with which a layer is not checkpointed.
+        offloaded: the bytes that each layer moved to host memory.
     """
 
     def __init__(self, layers: dict[nn.Module, int], device: torch.device, memory: bool) -> None:
@@ -75,6 +77,7 @@ class Recorder:
         self.follows: dict[int, bool] = {}
         self.shapes: dict[int, tuple] = {}
         self.not_plain: set[type] = set()
+        self.offloaded: dict[int, int] = {}
         self._last: tuple[Tensor, int] | None = None
         self._hooks: list[Any] = []
 
@@ -109,12 +112,14 @@ class Recorder:
             self._hooks.append(inputs[0].register_hook(self._hook("backward_end", layer)))
         self.not_plain.update(not_plain_among((*args, *kwargs.values())))
         self.outputs[layer] = 0
+        self.offloaded[layer] = -bytes_copied()
         self.mark("forward", layer)
 
     def forward_end(self, module: nn.Module, output: Any) -> None:
         """Record that a layer's forward pass has ended."""
         layer = self._layers[module]
         self.mark("forward_end", layer)
+        self.offloaded[layer] += bytes_copied()
         tensors = [tensor for tensor in tensors_among(output) if tensor.requires_grad]
         if not tensors:
             # A layer below which nothing is trained has no backward pass: its work belongs to the code around.

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..convert.module_tree import modules_of
 from ..levels import CHECKPOINT, NONE
+from ..offload import SIMULATED
 from .bench import LONE_CHECKPOINT, PLAIN_CHECKPOINT, Bench, StepCost
 from .costs import Stage
 from .marks import NotAChain, Recorder
@@ -35,8 +36,8 @@ class Measurements:
     notes: list[str]
 
 
-def measure_choices(bench: Bench, tiles: Sequence[int] | None = None) -> Measurements:
-    """Measure each choice in a step with all layers at that choice; for `tiles` see `plan`.
+def measure_choices(bench: Bench, tiles: Sequence[int] | None = None, offload: bool = False) -> Measurements:
+    """Measure each choice in a step with all layers at that choice; for `tiles` and `offload` see `plan`.
 
     Raises:
         NotAChain: the layers are not called one after the other.
@@ -46,7 +47,7 @@ def measure_choices(bench: Bench, tiles: Sequence[int] | None = None) -> Measure
             "the model has no layers: no ModuleList or Sequential whose members can be given levels of their own"
         )
     trials = Trials(bench)
-    trials.run(tiles)
+    trials.run(tiles, offload)
     if not trials.recorders.keys() - {CHECKPOINT}:
         raise MemoryError(
             "a step does not fit at any choice but, maybe, a checkpoint of each layer: " + "; ".join(trials.notes)
@@ -69,7 +70,8 @@ def measure_choices(bench: Bench, tiles: Sequence[int] | None = None) -> Measure
     stages, layers = Stages(bench, order, trials, seconds).stages()
     shapes = {name: first.shapes[bench.names.index(name)] for name in order}
     steps = {step_name(choice): StepCost(peak, seconds.of_step(choice)) for choice, peak in trials.peaks.items()}
-    notes = [*trials.notes, *map(_NOT_PLAIN.format, sorted(kind.__name__ for kind in first.not_plain))]
+    notes = [SIMULATED] if offload and bench.device.type == "cpu" else []
+    notes += [*trials.notes, *map(_NOT_PLAIN.format, sorted(kind.__name__ for kind in first.not_plain))]
     return Measurements(stages, layers, steps, shapes, notes)
 
 

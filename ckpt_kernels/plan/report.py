@@ -91,6 +91,8 @@ def text(plan: "Plan") -> str:
         whole = getattr(eager, unit) if eager else 0
         of = f", {measured / whole:.2f} of eager's {_formatted(whole)}" if whole else ""
         lines.append(f"{name:15} {_formatted(measured)}{of}; predicted {_formatted(predicted)}")
+    if moved := sum(plan.stages[at.stage].costs[at.level].offloaded for at in stages_of(plan.assignment)):
+        lines.append(f"in host memory  {size(moved)}")
     lines += _neighbours(plan)
     if plan.bound < plan.predicted.seconds:
         lines.append(f"no plan within the budget can be faster than {plan.bound * 1e3:.1f} ms by these costs")
@@ -117,6 +119,13 @@ def _neighbours(plan: "Plan") -> Iterator[str]:
             yield f"with {word} memory  {size(label[0])} would take {change:+.1%} time"
 
 
+def _marker(policy: Policy | None) -> str:
+    """The marker of all layers at one choice: a triangle with offload, a square with tiles, else a circle."""
+    if policy is None or not (policy.tiles or policy.is_offloaded):
+        return "o"
+    return "^" if policy.is_offloaded else "s"
+
+
 def draw(plan: "Plan", path: "str | pathlib.Path") -> None:
     """Draw time against peak memory, both as fractions of eager's. Needs matplotlib."""
     from matplotlib.figure import Figure
@@ -134,7 +143,7 @@ def draw(plan: "Plan", path: "str | pathlib.Path") -> None:
         x, y = step.peak / eager.peak, step.seconds / eager.seconds
         label = "eager" if name == "eager" else f"all layers at {name!r}"
         policy = Policy.read(name, OF_MODULES)
-        color, marker = COLORS[policy.level if policy else name], "s" if policy and policy.tiles else "o"
+        color, marker = COLORS[policy.level if policy else name], _marker(policy)
         axis.plot(x, y, marker, color=color, markersize=9, label=label)
     measured = plan.measured
     title = f"{measured.peak / eager.peak:.2f} of {unit}'s peak in {measured.seconds / eager.seconds:.2f} of its time"

@@ -14,8 +14,8 @@ from .budget import Budget, DoesNotFit, bytes_of, fraction_of
 from .chain import predicted
 from .costs import FIXED, Assignment, Checkpoint, StageAt
 from .measure import Measurements
+from .offloading import Solutions
 from .plan import ModelReference, Plan, structure_of
-from .solve import Solver
 from .trials import step_name
 
 # Plans whose times differ by less than this fraction count as equally fast, and the one of less memory wins.
@@ -45,7 +45,7 @@ def fastest(model: nn.Module, bench: Bench, measurements: Measurements, budget: 
     Raises:
         DoesNotFit: no plan fits.
     """
-    solver = Solver(measurements.stages)
+    solver = Solutions(measurements.stages)
     front = solver.front
     frontier = list(zip(front.needs.tolist(), front.seconds.tolist(), strict=True))
     plans = _Plans(model, bench.input_shape, measurements, budget, _bound(measurements, solver, budget), frontier)
@@ -70,7 +70,7 @@ def fastest(model: nn.Module, bench: Bench, measurements: Measurements, budget: 
     raise DoesNotFit(budget, least, "; ".join(notes))
 
 
-def _candidates(solver: Solver, budget: int | None, errors: Sequence[int]) -> Iterator[Assignment]:
+def _candidates(solver: Solutions, budget: int | None, errors: Sequence[int]) -> Iterator[Assignment]:
     """The assignments to try in turn, until the measured peak of one is within the budget.
 
     First the fastest within the budget less the largest of `errors`, by which predictions fell short so far. Errors
@@ -91,7 +91,7 @@ def _candidates(solver: Solver, budget: int | None, errors: Sequence[int]) -> It
         yield assignment
 
 
-def _best(solver: Solver, budget: int | None) -> Assignment | None:
+def _best(solver: Solutions, budget: int | None) -> Assignment | None:
     """Return the assignment of least memory among those within `SLACK` of the fastest that fits; None if none fits."""
     needs, seconds = solver.front
     memory = int(needs[-1]) if budget is None else budget
@@ -100,9 +100,9 @@ def _best(solver: Solver, budget: int | None) -> Assignment | None:
     return solver.best(int(enough[0])) if len(enough) and int(enough[0]) <= memory else None
 
 
-def _bound(measurements: Measurements, solver: Solver, budget: int | None) -> float:
+def _bound(measurements: Measurements, solver: Solutions, budget: int | None) -> float:
     """Return a lower bound on the seconds of every assignment within the budget."""
-    front = Solver(measurements.stages, optimistic=True).front if solver.is_thinned else solver.front
+    front = Solutions(measurements.stages, optimistic=True).front if solver.is_thinned else solver.front
     return front.at(int(front.needs[-1]) if budget is None else budget)
 
 

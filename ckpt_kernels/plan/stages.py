@@ -4,9 +4,11 @@ import statistics
 from dataclasses import replace
 from typing import NamedTuple
 
+from ..host_memory import seconds_per_byte
 from ..levels import CHECKPOINT, NONE, OF_MODULES, Policy
 from .bench import PLAIN_CHECKPOINT, Bench, level_inside
 from .costs import FIXED, Checkpointed, Cost, Stage
+from .offloading import is_offloaded, offloaded_cost
 from .timing import Seconds
 from .trials import Trials, tiles_in
 
@@ -28,6 +30,9 @@ class Stages:
         self._recorder = next(iter(trials.recorders.values()))
         self._memory = trials.memory
         self._seconds = seconds
+        self._not_offloaded = [choice for choice in self._memory if not is_offloaded(choice)]
+        is_on_device = len(self._not_offloaded) == len(self._memory)
+        self._seconds_per_byte = 0.0 if is_on_device else seconds_per_byte(bench.device)
 
     def stages(self) -> tuple[list[Stage], list[str]]:
         """Return the chain, and for each stage the layer's name."""
@@ -59,9 +64,23 @@ class Stages:
         cost = Cost(forward.net, forward.peak, backward.peak, forward_seconds, backward_seconds)
         return cost, forward.net + backward.net
 
+    def _offloaded_cost(self, choice: str, index: int) -> tuple[Cost, int]:
+        """Return the cost of the i-th layer at a choice that offloads, and `Stage.left`.
+
+        The copies of adjacent layers share the bus, so a layer takes at least as long as the copy of the layer's bytes.
+        """
+        cost, _ = self._cost(choice, index)
+        offloaded = self._trials.recorders[choice].offloaded
+        moved = [offloaded[self._bench.names.index(name)] for name in self._order]
+        gaps = (self._memory[other]["forward_gap", index + 1].net for other in self._not_offloaded or [choice])
+        kept, backward_peak, left = offloaded_cost(self._memory[choice], moved, max(gaps), index)
+        copy = moved[index] * self._seconds_per_byte
+        cost = replace(cost, kept=kept, backward_peak=backward_peak, may_be_inside=False, offloaded=moved[index])
+        return replace(cost, forward=max(cost.forward, copy), backward=max(cost.backward, copy)), left
+
     def _gap(self, index: int) -> Stage | None:
         """Return the code before a layer, or after the last; None if the code before a layer takes no memory."""
-        converted = [choice for choice in self._memory if choice != NONE] or list(self._memory)
+        converted = [choice for choice in self._not_offloaded if choice != NONE] or list(self._memory)
         costs = [self._cost(choice, index, "_gap") for choice in converted]
         most = Cost(
             max(cost.kept for cost, _ in costs),
@@ -82,25 +101,28 @@ class Stages:
         name = self._order[index]
         offered = self._offered(index)
         measured = {level: self._cost(level, index) for level in offered}
-        left = max(left for _, left in measured.values())
+        on_host = {c: self._offloaded_cost(c, index) for c in self._memory if is_offloaded(c)}
+        on_host = {choice: (cost, left) for choice, (cost, left) in on_host.items() if cost.offloaded}
+        left = max(left for _, left in (measured or on_host).values())
         costs = {level: cost for level, (cost, _) in measured.items()}
         output = self._recorder.outputs[self._bench.names.index(name)]
         checkpointed = None
         checkpoint = self._checkpoint(offered)
-        if checkpoint in self._memory and name not in self._trials.not_repeatable:
+        if costs and checkpoint in self._memory and name not in self._trials.not_repeatable:
             within = tiles_in(checkpoint)
             costs = {level: replace(c, may_be_inside=tiles_in(level) == within) for level, c in costs.items()}
             costs, checkpointed = self._checkpointed(checkpoint, index, costs, output)
             left = max(left, self._cost(checkpoint, index)[1])
         kind = type(dict(self._bench.model.named_modules())[name]).__name__
-        return Stage(name, kind, output, left, _undominated(costs), checkpointed)
+        offloaded = _undominated({choice: cost for choice, (cost, _) in on_host.items()})
+        return Stage(name, kind, output, left, _undominated(costs) | offloaded, checkpointed)
 
     def _offered(self, index: int) -> list[str]:
-        """Return the choices of a layer except checkpoints; more tiles only if they lower a peak of this layer."""
+        """Return the choices of a layer except checkpoints and offload; more tiles only if they lower a peak of it."""
         offered: list[str] = []
         last: dict[str, str] = {}
         peaks = self._trials.layer_peaks
-        for choice in self._memory:
+        for choice in self._not_offloaded:
             policy = Policy.of(choice, OF_MODULES, "choice")
             before = last.get(policy.level)
             is_lower = before is None or peaks(choice, index).is_lower_than(peaks(before, index))
@@ -111,7 +133,7 @@ class Stages:
 
     def _checkpoint(self, offered: list[str]) -> str:
         """Return the checkpoint with the largest number of tiles among a layer's choices."""
-        tiles = max(map(tiles_in, offered))
+        tiles = max(map(tiles_in, offered), default=1)
         tiled = str(Policy(CHECKPOINT, tiles))
         return tiled if tiled in self._memory else CHECKPOINT
 

@@ -16,6 +16,7 @@ from ..levels import CHECKPOINT, IN_TILES, NONE, OF_MODULES, Policy
 from ..model_state import described, different
 from .bench import EAGER, Bench, ChoiceByLayer, RunsOfLayers, is_out_of_memory
 from .marks import NotAChain, Position, Recorder, Segment, peak_of, segments
+from .offloading import LEVELS as OFFLOADED
 
 # By default only the first of these numbers that leaves each tile enough rows is tried, since each number costs steps.
 _TILES = (8, 4, 2)
@@ -67,17 +68,21 @@ class Trials:
         self.not_repeatable: set[str] = set()
         self.not_repeatable_in_runs: set[str] = set()
 
-    def run(self, tiles: Sequence[int] | None) -> None:
+    def run(self, tiles: Sequence[int] | None, offload: bool = False) -> None:
         """Record a step of each choice.
 
         Args:
             tiles: the numbers of tiles to try; None tries the largest of `_TILES` that leaves each tile enough rows.
+            offload: whether to record layers that are offloaded too.
 
         Raises:
             NotAChain: the layers are not called one after the other.
         """
         for choice in OF_MODULES:
             self._record(choice)
+        if offload:
+            for level in OFFLOADED:
+                self._record(str(Policy(level, None, True)))
         if not self.recorders:
             return
         rows = max(map(_rows, next(iter(self.recorders.values())).shapes.values()), default=0)
@@ -90,6 +95,9 @@ class Trials:
         most = max(map(tiles_in, self.memory))
         if most > 1:
             self._record(str(Policy(CHECKPOINT, most)))
+        if offload and most > 1:
+            for level in OFFLOADED:
+                self._record(str(Policy(level, most, True)))
 
     def _record(self, choice: str) -> bool:
         """Record a step with all layers at a choice; False if the step failed."""
