@@ -77,8 +77,19 @@ def one_of(value: str, names: Iterable[str], argument: str) -> str:
 
 
 def is_count(value: object) -> bool:
-    """Whether it is a positive whole number, which True is not."""
+    """Whether it is a positive int, which True is not."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def count_or_none(value: Any, argument: str) -> int | None:
+    """`value` as an int, None as None; ValueError if it is neither a positive whole number nor None."""
+    try:
+        found = None if value is None else whole(value, argument)
+    except TypeError:
+        found = 0
+    if found is None or found > 0:
+        return found
+    raise ValueError(f"{argument} is {shown(value)}; expected a positive whole number, or None")
 
 
 def untraced(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import threading
 
 import pytest
 import torch
@@ -213,3 +214,25 @@ def test_memory_is_not_measured_within_another_profiler() -> None:
             measured()
         torch.ones(3)
     assert any(event.name == "aten::ones" for event in profile.events())
+
+
+def test_threads_measure_in_turn() -> None:
+    """Torch has one profiler: two at once end the process or mix their records."""
+    peaks: list[int] = []
+
+    def measured() -> None:
+        peaks.extend(memory.peak_bytes(lambda: torch.ones(1000)) for _ in range(10))
+
+    threads = [threading.Thread(target=measured) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert peaks == [4000] * 20
+
+
+def test_a_bad_device_is_an_error() -> None:
+    with pytest.raises(TypeError, match="device is a Tensor; expected"):
+        memory.peak_bytes(lambda: None, torch.ones(3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="device is 'nowhere'; expected"):
+        memory.peak_bytes(lambda: None, "nowhere")

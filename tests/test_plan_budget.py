@@ -108,6 +108,7 @@ def test_the_error_of_a_small_budget_names_the_least() -> None:
         (0.5, 50),
         (1.0, 100),
         (1e9, 10**9),
+        (10**400, 2**60),
         (np.int64(7), 7),
         ("9" * 400, 2**60),
         (None, None),

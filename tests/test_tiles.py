@@ -267,6 +267,8 @@ def test_bad_numbers_of_tiles_are_an_error(tiles: object) -> None:
             call()
     with pytest.raises(ValueError, match="tiles is 2 and recompute is 'block'"):
         F.mlp(x, x, None, x, None, tiles=2, recompute="block")
+    # Integers of other types are whole numbers.
+    assert F.mlp(x, x, None, x, None, tiles=torch.tensor(2)).shape == x.shape
 
 
 class Part(torch.nn.Module):

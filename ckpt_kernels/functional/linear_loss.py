@@ -7,7 +7,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .. import ops
-from ..arguments import is_count, number, one_of, probability, shown, untraced, whole
+from ..arguments import count_or_none, number, one_of, probability, untraced, whole
 from .checks import check_device, check_tensor, shape_of
 from .linear import check_linear
 
@@ -89,8 +89,7 @@ def linear_cross_entropy(
     cap = None if softcap is None else number(softcap, "softcap")
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"softcap is {softcap}; expected a positive finite number, or None")
-    if chunk is not None and not is_count(chunk):
-        raise ValueError(f"chunk is {shown(chunk)}; expected a positive whole number, or None")
+    chunk = count_or_none(chunk, "chunk")
 
     def rows(logits: Tensor, target: Tensor) -> Tensor:
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
-from ..arguments import is_count, shown, untraced
+from ..arguments import count_or_none, untraced
 from .checks import check_tensor, dropout_seed, shape_of
 from .linear import check_linear, dtypes_of, last_dimension, level_name
 
@@ -225,11 +225,9 @@ def known_gated_mlp(
 def tiles_for(tiles: int | None, recompute: str) -> int:
     """The number of tiles of a call: the argument, or if None, the context's number. At "block" it must be one."""
     is_block = isinstance(recompute, str) and recompute == "block"
+    tiles = count_or_none(untraced(tiles), "tiles")
     if tiles is None:
         return 1 if is_block else ops.tiles.tiles_now()
-    tiles = untraced(tiles)
-    if not is_count(tiles):
-        raise ValueError(f"tiles is {shown(tiles)}; expected a positive whole number, or None")
     if tiles > 1 and is_block:
         raise ValueError(f"tiles is {tiles} and recompute is 'block'; expected a level that discards outputs")
     return tiles

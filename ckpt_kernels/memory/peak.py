@@ -1,11 +1,15 @@
 """Measures the peak of the memory that tensors take."""
 
+import contextlib
 import itertools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from ..arguments import shown
 
 
 def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int:
@@ -19,7 +23,7 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
         The number of bytes, as an int.
 
     Raises:
-        TypeError: `fn` is not callable.
+        TypeError: `fn` is not callable, or `device` names no device.
         ValueError: the device is neither the CPU nor a CUDA device.
         RuntimeError: for the CPU, if a profiler of torch runs already, as within `fn` itself.
 
@@ -28,7 +32,10 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
         True
     """
     _check(fn)
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except (TypeError, RuntimeError):
+        raise TypeError(f"device is {shown(device)}; expected a torch.device or the name of one") from None
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"device is {device}; expected the CPU or a CUDA device, whose memory is counted")
     if kind == "cuda":
@@ -49,16 +56,26 @@ def allocations(fn: Callable[[], Any]) -> list[int]:
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
-def profile_of_memory() -> torch.profiler.profile:
-    """A profiler that records every allocation of CPU memory.
+# Torch has one profiler for all threads.
+_profiler = threading.RLock()
 
-    Raises RuntimeError if a profiler runs already: torch has one, and a second would empty the records of the first.
+
+@contextlib.contextmanager
+def profile_of_memory() -> Iterator[torch.profiler.profile]:
+    """A context in which a profiler records every allocation of CPU memory. Other threads wait for its end.
+
+    Raises RuntimeError if a profiler runs already in this thread: a second would empty the records of the first.
     """
-    if torch.autograd._profiler_enabled():
-        raise RuntimeError("a profiler of torch runs; expected none, because CPU memory is counted by this profiler")
-    # The profiler logs every start and stop. The level is read when the first profiler of the process starts.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _profiler:
+        if torch.autograd._profiler_enabled():
+            raise RuntimeError(
+                "a profiler of torch runs; expected none, because CPU memory is counted by this profiler"
+            )
+        # The profiler logs every start and stop. The level is read when the first profiler of the process starts.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        profiled = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        with profiled as profile:
+            yield profile
 
 
 def _check(fn: Callable[[], Any]) -> None:

@@ -62,7 +62,8 @@ def bytes_of(budget: Budget, eager: int, device: torch.device) -> int | None:
         return _positive(int(count) if match[2] or count.is_integer() else 0, budget)
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f"budget is {budget!r}, of type {type(budget).__name__}; {_EXPECTED}")
-    return _positive(int(budget) if math.isfinite(budget) and budget == int(budget) else 0, budget)
+    is_whole = isinstance(budget, numbers.Integral) or (math.isfinite(budget) and budget == int(budget))
+    return _positive(int(budget) if is_whole else 0, budget)
 
 
 def fraction_of(budget: Budget) -> float | None:
