@@ -305,7 +305,8 @@ def _unpack(get: Callable[[], Tensor]) -> Tensor:
 
 def _is_plain(tensor: Tensor) -> bool:
     is_dense = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type in ("cpu", "cuda")
-    return is_dense and not tensor.is_conj() and not tensor.is_neg()
+    # Tangents may be zero tensors, which have no memory.
+    return is_dense and not (tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor())
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

@@ -60,3 +60,19 @@ def test_which_tensors_have_a_cheap_recipe(name: str) -> None:
             rules = discarder.rules
             assert has_cheap_recipe(made, discarder) == is_cheap
             assert discarder.rules is rules
+
+
+def test_the_first_call_of_a_block_has_the_same_recipes_as_later_calls() -> None:
+    """Later calls take a shorter way, and a layer that runs twice must keep the same tensors both times."""
+    x = random_tensor(4, 8, 5, 5).requires_grad_()
+
+    def normed(x: Tensor) -> Tensor:
+        # A value of eps that no other call has had.
+        return F.batch_norm(x, None, None, training=True, eps=0.0123, activation="relu")
+
+    found = []
+    for _ in range(3):
+        with discard_outputs():
+            made = summed(normed(x), normed(x))
+            found.append(has_cheap_recipe(made, discarding()))
+    assert found == [True] * 3

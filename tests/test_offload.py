@@ -383,3 +383,20 @@ def test_a_scale_with_other_data_has_the_gradient_for_the_values_of_the_forward_
     output = model(x)
     model[0][1].weight.data = torch.zeros(16)
     torch.testing.assert_close(torch.autograd.grad(output.square().sum(), x), expected)
+
+
+def test_zero_tangents_stay_where_they_are() -> None:
+    """Forward-mode differentiation saves tensors without memory."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)))
+    x, tangent = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+
+    def step() -> list[Tensor]:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.unpack_dual(model(torch.autograd.forward_ad.make_dual(x, tangent)))
+            assert dual.tangent is not None
+            return list(torch.autograd.grad(dual.tangent.square().sum(), list(model.parameters())[::2]))
+
+    expected = step()
+    with pytest.warns(UserWarning, match="simulated"):
+        offload.offload(model, "0", least=1)
+    torch.testing.assert_close(step(), expected)

@@ -132,6 +132,6 @@ def test_copies_of_views(view: Callable[[Tensor], Tensor]) -> None:
     with discard_outputs():
         product = call()
     copy = product.grad_fn.next_functions[0][0]._raw_saved_self.data.content
-    assert isinstance(copy, Claim) and copy.recipe.rebuild.func is copies._copy
+    assert isinstance(copy, Claim) and copy.recipe.rebuild.function is copies._copy
     found, expected = (torch.autograd.grad(y.square().sum(), [x, weight]) for y in (product, call()))
     assert all(map(torch.equal, found, expected))

@@ -61,7 +61,7 @@ _profiler = threading.RLock()
 
 
 @contextlib.contextmanager
-def profile_of_memory() -> Iterator[torch.profiler.profile]:
+def profile_of_memory() -> Iterator[Any]:
     """A context in which a profiler records every allocation of CPU memory. Other threads wait for its end.
 
     Raises RuntimeError if a profiler runs already in this thread: a second would empty the records of the first.

@@ -84,7 +84,10 @@ def seconds_of(bench: Bench, order: list[str], kinds: list[int], levels: list[st
         by_layer, twin = twins[numbers]
         recorder, points = bench.step(f"times, {step + 1} of {pattern.steps}", twin, memory=False)
         if [bench.names[layer] for layer in recorder.outputs] != order:
-            raise NotAChain("layers are called in another order from step to step, or left out at random")
+            raise NotAChain(
+                "layers are called in another order from step to step, or left out at random, so that other steps may "
+                "take more memory"
+            )
         chosen.append(list(by_layer.choices.values()))
         timed.append(_shared_in_runs(segments(points), by_layer, order))
         for run in by_layer.runs():

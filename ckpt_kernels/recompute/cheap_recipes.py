@@ -3,7 +3,6 @@
 Such a recipe reads tensors that are kept, and runs no product, so that the next layer does not run parts of this one.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .entries import Entries
-from .recipes import Claim, Recipe, Step
+from .recipes import Claim, FromGraph, Recipe, Step
 from .rules import RULES, Rule
 
 
@@ -47,10 +46,9 @@ def has_cheap_recipe(tensor: Tensor, source: RecipeSource) -> bool:
         traced = source.source_of(tensor)
     finally:
         source.rules = rules
-    if not isinstance(traced, Recipe) or not isinstance(traced.rebuild, functools.partial):
+    if not isinstance(traced, Recipe) or not isinstance(traced.rebuild, FromGraph):
         return False
-    # The recipe of a step has the step as the argument of its function.
-    (step, *_) = traced.rebuild.args
+    (step, *_) = traced.rebuild.bound
     claims = list(_claims_of(step)) if isinstance(step, Step) else []
     return bool(claims) and all(_is_cheap(claim.recipe, tensor) for claim in claims)
 
@@ -58,7 +56,7 @@ def has_cheap_recipe(tensor: Tensor, source: RecipeSource) -> bool:
 def _is_cheap(recipe: Recipe, tensor: Tensor) -> bool:
     """Whether a recipe is that of a block, whose output is no larger than the tensor: the input of a block before a
     pooling is larger than the pooled tensor, and would be kept in the place of that."""
-    is_of_block = recipe.depth == 1 and not isinstance(recipe.rebuild, Product | functools.partial)
+    is_of_block = recipe.depth == 1 and not isinstance(recipe.rebuild, Product | FromGraph)
     return is_of_block and recipe.layout is not None and math.prod(recipe.layout[0]) <= tensor.numel()
 
 

@@ -3,7 +3,6 @@
 All copies have the recipe of the first, so that the backward pass recomputes the block and the copy once.
 """
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from .entries import Block, block_of
 from .nodes import Edge, is_made_since, name_of
-from .recipes import LONGEST_CHAIN, Layout, Recipe
+from .recipes import LONGEST_CHAIN, FromGraph, Layout, Recipe
 from .rules import VIEWS
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def _first_recipe(views: list[Edge], layout: Layout, owner: "Source", block: Blo
     source = owner.share(block)
     if source is None or source.depth >= LONGEST_CHAIN:
         return None
-    recipe = Recipe(functools.partial(_copy, steps, layout[0]), (source,), 1 + source.depth, layout)
+    recipe = Recipe(FromGraph(_copy, steps, layout[0]), (source,), 1 + source.depth, layout)
     note_copy(views[0][0], layout, recipe)
     return recipe
 

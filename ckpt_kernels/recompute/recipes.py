@@ -1,7 +1,6 @@
 """Recipes, which recompute a discarded tensor, and the claims of the readers that need the tensor."""
 
 import contextlib
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -177,9 +176,22 @@ class Step(NamedTuple):
         return max([0 if isinstance(o, _NUMBERS) else o.depth for o in self.operands])
 
 
+class FromGraph:
+    """The function of a recipe that the autograd graph shows, bound to its first arguments. Blocks' recipes have
+    functions of other classes."""
+
+    __slots__ = ("bound", "function")
+
+    def __init__(self, function: Callable[..., Tensor], *bound: Any) -> None:
+        self.function, self.bound = function, bound
+
+    def __call__(self, *operands: Any) -> Tensor:
+        return self.function(*self.bound, *operands)
+
+
 def recipe_of_step(step: Step, layout: Layout) -> Recipe:
     """A recipe that runs a step."""
-    return Recipe(functools.partial(_run_step, step), (), 1 + step.depth, layout)
+    return Recipe(FromGraph(_run_step, step), (), 1 + step.depth, layout)
 
 
 def _run_step(step: Step) -> Tensor:

@@ -5,7 +5,6 @@ the op was. The caller knows the op. The recipe for the tensor after the write i
 version that one write leads to, so that the node of the activation keeps a recipe too.
 """
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .active import discarding
 from .entries import Entry
-from .recipes import LONGEST_CHAIN, Claim, Geometry, Recipe, geometry_of
+from .recipes import LONGEST_CHAIN, Claim, FromGraph, Geometry, Recipe, geometry_of
 
 # The key of the recipe in the metadata of the node of the whole tensor.
 _WRITTEN = "ckpt_kernels written"
@@ -33,7 +32,7 @@ def write_over_view(write: Callable[[Tensor], Any], compute: Callable[[Tensor], 
     if view.dtype is not before.dtype or whole.dtype is not before.dtype or recipe.depth >= LONGEST_CHAIN:
         return write(view)
     operands = (Claim(recipe, None),)
-    written = Recipe(functools.partial(_written, compute, geometry_of(view)), operands, 1 + recipe.depth, recipe.layout)
+    written = Recipe(FromGraph(_written, compute, geometry_of(view)), operands, 1 + recipe.depth, recipe.layout)
     after = Entry(whole, weakref.ref(written))
     after.version += 1
     try:
