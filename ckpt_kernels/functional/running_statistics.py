@@ -20,7 +20,11 @@ def check_running(mean: Tensor | None, var: Tensor | None, input: Tensor) -> Non
 
 
 def require_gradients(*statistics: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in statistics) and torch.is_grad_enabled()
+    # A loop, because a generator takes as long as a small kernel.
+    for statistic in statistics:
+        if statistic is not None and statistic.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 def update_both(
@@ -32,21 +36,18 @@ def update_both(
     unbiased: float | Tensor,
 ) -> None:
     """Update running statistics by those of a batch. The variance times `unbiased` is the unbiased one."""
-    _update(running_mean, mean, momentum)
-    _update(running_var, var, momentum, unbiased)
-
-
-def _update(running: Tensor | None, target: Tensor, momentum: float, factor: float | Tensor = 1.0) -> None:
-    """running = (1 - momentum) * running + momentum * factor * target."""
-    if isinstance(factor, Tensor):  # computed from a size under torch.jit.trace
-        target, factor = target * factor, 1.0
-    if running is not None:
-        # Detached, because an interrupt within torch's no_grad context would leave gradients off. `.data` hides the
-        # write from autograd where no mode records it: as in torch's norm, a pass in training does not break the
-        # backward pass of an earlier one in evaluation.
-        plain = type(running) is Tensor and not torch.compiler.is_compiling() and not _is_recorded()
-        values = running.data if plain else running.detach()
-        values.mul_(1 - momentum).add_(target, alpha=momentum * factor)
+    if running_mean is None and running_var is None:
+        return
+    if isinstance(unbiased, Tensor):  # computed from a size under torch.jit.trace
+        var, unbiased = var * unbiased, 1.0
+    is_hidden = not (torch.compiler.is_compiling() or _is_recorded())
+    for running, target, factor in ((running_mean, mean, momentum), (running_var, var, momentum * unbiased)):
+        if running is not None:
+            # Detached, because an interrupt within torch's no_grad context would leave gradients off. `.data` hides the
+            # write from autograd where no mode records it: as in torch's norm, a pass in training does not break the
+            # backward pass of an earlier one in evaluation.
+            values = running.data if is_hidden and type(running) is Tensor else running.detach()
+            values.mul_(1 - momentum).add_(target, alpha=factor)
 
 
 def _is_recorded() -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import ops, recompute
 from ..activations import CODES
 from ..backends.reference import compute_dtype
-from ..ops.channel_layout import Maps, last_strides, layout
+from ..ops.channel_layout import last_strides, layout
 from ..ops.channel_steps import GradientOptions, Options, rematerialized, slope_source
 from .direct import direct, is_plain
 from .plan import Plan, thread
@@ -23,17 +23,18 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 class _Layout(NamedTuple):
     """The arguments of the kernels other than tensors, for inputs in one memory layout."""
 
-    maps: Maps
     format: torch.memory_format
     forward: tuple
     backward: tuple
+    # For channels last: the strides of the input, and the shape and strides of the kernels' matrix. A matrix is itself.
+    strides: tuple[int, ...] | None
+    matrix: tuple[tuple[int, int], tuple[int, int]] | None
 
     def rows(self, tensor: Tensor | None) -> Tensor | None:
         """The tensor as the kernels take it; as it is, which they refuse, if it does not have this layout."""
-        maps = self.maps
-        if tensor is None or maps.planes or tensor.stride() != last_strides(tensor.shape):
+        if tensor is None or self.matrix is None or tensor.stride() != self.strides:
             return tensor
-        return tensor.as_strided((maps.samples * maps.size, maps.channels), (maps.channels, 1))
+        return tensor.as_strided(*self.matrix)
 
 
 class ChannelNorm(Plan):
@@ -58,7 +59,10 @@ class ChannelNorm(Plan):
         maps = layout(tuple(shape), format is not torch.contiguous_format, groups, "cpu")
         sizes, count = (*maps.sizes, groups), float(maps.count(groups))
         code = CODES[activation]
-        return _Layout(maps, format, (*sizes, eps, code), (*sizes, count, eps, False, code))
+        is_matrix = maps.planes or len(shape) == 2
+        matrix = None if is_matrix else ((maps.samples * maps.size, maps.channels), (maps.channels, 1))
+        kernels = (*sizes, eps, code), (*sizes, count, eps, False, code)
+        return _Layout(format, *kernels, None if is_matrix else last_strides(shape), matrix)
 
     def _layout_of(self, input: Tensor) -> _Layout | None:
         """The layout of an input, as in `ops.channel_layout.maps_of`; None for strides that a plan does not support."""
