@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..levels import runs_layers_again, runs_products_again
 from ..ops.tiles import in_tiles
-from ..recompute import discard_outputs, discarding, run_as_layer, selective_contexts
+from ..recompute import discard_outputs, discarding, run_at, selective_contexts
 from ..saved_tensor_hooks import as_is
 from .attribute_loads import is_set
 from .late_modules import convert_late_modules
@@ -35,12 +36,13 @@ class Discarding:
         if not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
         # Within another context that one stays active. Most calls end here.
-        if self.level != "layer" and not torch.compiler.is_compiling() and discarding() is not None:
+        is_layer = runs_layers_again(self.level)
+        if not is_layer and not torch.compiler.is_compiling() and discarding() is not None:
             return forward(module, *args, **kwargs)
         convert_late_modules_if_outermost(module)
-        if self.level == "layer":
-            return run_as_layer(functools.partial(forward, module), module, args, kwargs)
-        with discard_outputs(module, products=self.level == "all"):
+        if is_layer:
+            return run_at(self.level, functools.partial(forward, module), module, args, kwargs)
+        with discard_outputs(module, products=runs_products_again(self.level)):
             return forward(module, *args, **kwargs)
 
 

@@ -10,7 +10,16 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..levels import NONE, OF_LAYERS, OF_MODELS, OF_MODULES, Policy
+from ..levels import (
+    NONE,
+    OF_LAYERS,
+    OF_MODELS,
+    OF_MODULES,
+    Policy,
+    discards_outputs,
+    level_of_blocks,
+    runs_layers_again,
+)
 from ..recompute import run_at
 from ..runs import Place, run_in
 from .forward_contexts import checkpointed, checkpointing_selectively, convert_late_modules_if_outermost
@@ -46,12 +55,12 @@ class AtLevel:
         return run_in(self.places, functools.partial(self._in_checkpoint, forward, module), module, args, kwargs)
 
     def _in_checkpoint(self, forward: Forward, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        if self.level in (NONE, "block"):
+        if not discards_outputs(self.level):
             return forward(module, *args, **kwargs)
         return run_at(self.level, functools.partial(forward, module), module, args, kwargs, alone=True)
 
     def _compiled(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not self.may_repeat or (self.level in (NONE, "block") and not self.places):
+        if not self.may_repeat or not (self.places or discards_outputs(self.level)):
             return forward(module, *args, **kwargs)
         if self.places:
             return checkpointed(forward, module, args, kwargs)
@@ -132,7 +141,7 @@ class Levels:
                 below.update(modules_of(module))
                 places = (Place(len(self._level), 0, True),) if policy.is_checkpoint else ()
                 self._set_level(module, policy.inside(), places)
-                if policy.level == "layer":
+                if runs_layers_again(policy.level):
                     self._set_layers_inside(layers(), module, policy)
 
     def _set_layers_inside(self, layers: Container[nn.Module], module: nn.Module, policy: Policy) -> None:
@@ -140,7 +149,7 @@ class Levels:
         layers_inside = [] if module in layers else [inside for inside in modules_of(module) if inside in layers]
         if not layers_inside:
             return
-        self._set_level(module, dataclasses.replace(policy, level="all"), ())
+        self._set_level(module, dataclasses.replace(policy, level=level_of_blocks(policy.level)), ())
         for layer in layers_inside:
             self._set_level(layer, policy, ())
 

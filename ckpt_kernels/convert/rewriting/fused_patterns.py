@@ -15,6 +15,7 @@ from ... import ops
 from ... import recompute as recomputing
 from ...autocast import is_autocast
 from ...functional.mlps import known_gated_mlp, known_mlp
+from ...levels import discards_outputs
 from ..attribute_loads import is_set
 from ..code.code_objects import has_type
 from ..rules.in_place import out_of_place, writes_over
@@ -65,7 +66,7 @@ def mlp(
 ) -> Results | None:
     # The output that eager torch saves is saved by the last layer anyway.
     in_place = has_type(act, nn.Module) and is_set(act, "inplace")
-    if recompute == "block" and activation in (_BY_RESULT_IN_PLACE if in_place else _BY_RESULT):
+    if not discards_outputs(recompute) and activation in (_BY_RESULT_IN_PLACE if in_place else _BY_RESULT):
         return None
     recompute = level_for_weights(recompute, first)
     if (output := known_mlp(input, first, last, activation, p, recompute)) is not None:

@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from ...levels import discards_outputs, runs_products_again
 from ...recompute import watch
 from ..code.frames import PREFIX
 from ..code.scope import Scope
@@ -28,12 +29,12 @@ class NotedTrees:
         self.scope = scope
         self.recompute = recompute
         self.cells: dict[str, Any] = {}
-        # Above the level "block" outputs are discarded, and recipes need notes of sums and products.
-        self.makes_notes = recompute != "block"
+        # Where outputs are discarded, recipes need notes of sums and products.
+        self.makes_notes = discards_outputs(recompute)
         self.watches_sums = self.makes_notes and activates_sums(function, roles)
         self.follows_writes = self.makes_notes and activates_permuted_norm(function, roles)
         # Where products run again, so do the casts of products.
-        self.notes_casts = self.makes_notes and (recompute != "output" or adds_casts(function))
+        self.notes_casts = self.makes_notes and (runs_products_again(recompute) or adds_casts(function))
         self.has_notes = False
         # Whether a product is noted, perhaps of the output of a norm, which can be recomputed together with the norm.
         self.multiplies = False

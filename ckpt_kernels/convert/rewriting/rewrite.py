@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ...levels import level_of_blocks
+from ...levels import level_of_blocks, runs_layers_again
 from ..code.code_objects import has_type
 from ..code.memoization import memoized
 from ..code.scope import Scope
@@ -172,9 +172,9 @@ class _Rewriter(NotedTrees):
             changed.func = self._replaced_callee(tree, role)
             if self.follows_writes and role.kind in ("act", "write") and not role.values:
                 changed.func = self._mapped(changed.func, following_writes)
-            if self.recompute == "layer" and role.kind in IN_LAYERS:
+            if runs_layers_again(self.recompute) and role.kind in IN_LAYERS:
                 return self._watched(tree, changed)
-        if self.recompute == "layer" and is_indexed_by_list(tree):
+        if runs_layers_again(self.recompute) and is_indexed_by_list(tree):
             return self._watched(tree, changed)
         return self._noted(changed)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...activations import FUNCTIONS as ACTIVATIONS
+from ...levels import runs_layers_again
 from ..attribute_loads import load_attribute
 from ..code.code_objects import has_type
 from ..code.straight_line import CHUNK
@@ -71,7 +72,7 @@ MethodRoles = tuple[tuple[str, Role], ...]
 def may_match_any(roles: Iterable[tuple[str, Role]], recompute: str = "output") -> bool:
     """Whether any rewrite is possible with these roles. The role "module" counts only for the level "layer"."""
     kinds = {role.kind for _, role in roles} - {""}
-    return bool(kinds if recompute == "layer" else kinds - {MODULE})
+    return bool(kinds if runs_layers_again(recompute) else kinds - {MODULE})
 
 
 def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:
