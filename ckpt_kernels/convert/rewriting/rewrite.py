@@ -35,11 +35,11 @@ from . import noted_operations as noted
 from .branch_tails import move_into_branches
 from .callable_objects import replacing_call
 from .gate_runs import GateRun, gate_of_run, gate_runs
-from .matching import matches
+from .matching import Match, matches
 from .native_sites import native_site
 from .note_reasons import IN_LAYERS, is_indexed_by_list, permutes_dimensions, reasons_to_note
 from .noted_trees import DEFINITIONS, NotedTrees
-from .reader import Match, Operand, Reader
+from .reader import Operand, Reader
 from .replacements import FUNCTION_TYPES, NORMS, exchanging, layer_norm_of_rows, replacement_for
 from .result_list import condition_of, next_result
 from .roles import MethodRoles, Role, Roles, tried_act

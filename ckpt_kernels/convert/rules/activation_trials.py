@@ -20,8 +20,9 @@ from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS
 from ..attribute_loads import loads_plainly, plain_loads
 from ..code.call_graph import belongs_to_torch
+from ..code.code_objects import has_type
 from ..code.memoization import memoized, memoized_for_good
-from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, has_custom_gradient, is_unchanged
+from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, is_unchanged
 from ..code.settings import Settings, bare_module
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 from ..wrappers import original_method
@@ -56,7 +57,9 @@ class TrialResult(NamedTuple):
 def activation_of_module(outline: Outline) -> TrialResult:
     """The activation that the module with this outline computes."""
     forward = functools.partial(outline.forward, outline.stand_in(torch.float64))
-    return tried_activation(forward, has_custom_gradient(outline.code.dependencies))
+    holders = (holder for holder, _, _ in outline.code.dependencies)
+    has_function = any(has_type(holder, type) and issubclass(holder, torch.autograd.Function) for holder in holders)
+    return tried_activation(forward, has_function)
 
 
 class TriedFunction(NamedTuple):
