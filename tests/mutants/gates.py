@@ -33,7 +33,7 @@ GATES = (
     Mutant(
         "a gate may take parts of a fixed size",
         "ckpt_kernels/convert/code/function_reachability.py",
-        "not is_size_independent(function, self._trees.get(function))",
+        "not is_size_independent(function)",
         "False",
         _OTHERS,
     ),
