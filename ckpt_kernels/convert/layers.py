@@ -7,9 +7,9 @@ from torch import nn
 
 from .attribute_loads import is_set
 from .code.call_graph import stores_attributes
-from .inspected import inspected_modules
 from .module_tree import children_of, initialized_parameters, modules_of, named_modules
 from .rules.norms import Norm
+from .selection import inspected_modules
 from .swap import may_be_swapped, rule_of
 
 _LISTS = (nn.ModuleList, nn.Sequential)

@@ -50,8 +50,7 @@ class AtLevel:
         if torch.compiler.is_compiling():
             return self._compiled(forward, module, args, kwargs)
         if not self.places:
-            level = "block" if self.level == NONE else self.level
-            return run_at(level, functools.partial(forward, module), module, args, kwargs)
+            return run_at(self.level, functools.partial(forward, module), module, args, kwargs)
         return run_in(self.places, functools.partial(self._in_checkpoint, forward, module), module, args, kwargs)
 
     def _in_checkpoint(self, forward: Forward, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:

@@ -68,7 +68,7 @@ def run_at(
     """Runs a forward pass at a given level, whatever the level of the contexts around the call.
 
     Args:
-        level: "block", "output", "all" or "layer", as in `convert`.
+        level: "none", "block", "output", "all" or "layer", as in `convert`. Here "none" is the same as "block".
         function: the forward.
         module: the module that `function` belongs to, if there is one.
         args, kwargs: the arguments of the call.

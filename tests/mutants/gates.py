@@ -40,7 +40,7 @@ GATES = (
     Mutant(
         "a gate may have any gradient",
         _TRIALS,
-        "differ[0] == 0 and «differ[1] <= 2»",
+        "of_results == 0 and «of_gradients <= 2»",
         "True",
         _OTHERS,
     ),

@@ -27,8 +27,7 @@ from ..operands import has_forward_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import NORMS, has_name_of_norm_or_activation, looks_like_norm
 from .norm_accuracy import are_as_exact, are_close
-from .norm_inputs import ROW_DIMENSIONS, input_shapes, spatial_dimensions
-from .norm_strides import keeps_channels_last, keeps_transposed
+from .norm_inputs import ROW_DIMENSIONS, input_shapes, keeps_strides, spatial_dimensions
 from .norms import Case, Dtypes, Norm, RowNorm
 from .trial import (
     CHANNELS,
@@ -145,8 +144,7 @@ def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
     wide = case._replace(keeps_data=_keeps_input(outline, rule, _WIDE, requires_grad=False))
     module, first = outline.stand_in(torch.float32), rule.channels_first
     sizes = input_shapes(outline, first, rule.dimensions if first else (3,))[0]
-    keeps = keeps_channels_last if first else keeps_transposed
-    strided = keeps(functools.partial(_output_of, module, first), sizes)
+    strided = keeps_strides(functools.partial(_output_of, module, first), sizes, first)
     return replace(options[best], cases=(wide, *cases[best]), strided=strided)
 
 
