@@ -94,21 +94,16 @@ class Levels:
     def __init__(self, model: nn.Module, recompute: "str | Mapping[str, str] | LevelSource") -> None:
         self.named: dict[nn.Module, tuple[Policy, tuple[Place, ...]]] = {}
         self._level: dict[nn.Module, str] = {}
-        whole = recompute if isinstance(recompute, str) else getattr(recompute, "whole", None)
-        known = OF_MODELS if isinstance(recompute, str) else OF_LAYERS
-        if (
-            isinstance(recompute, str)
-            and Policy.read(recompute, OF_MODELS) is None
-            and Policy.read(recompute, OF_MODULES)
-        ):
+        is_level = isinstance(recompute, str)
+        if is_level and Policy.read(recompute, OF_MODELS) is None and Policy.read(recompute, OF_MODULES):
             raise ValueError(
                 f"recompute is {recompute!r}, a level of single modules; expected one of {', '.join(OF_MODELS)}, or a "
                 f"mapping of names, such as {{'layers.*': {recompute!r}}}"
             )
+        whole = recompute if is_level else getattr(recompute, "whole", None)
+        known = OF_MODELS if is_level else OF_LAYERS
         self.whole = Policy.of("output" if whole is None else whole, known, "recompute")
         self.is_by_module = whole is None
-        if isinstance(recompute, str):
-            return
         if isinstance(recompute, Mapping):
             self._assign(model, recompute)
         elif hasattr(recompute, "levels_in"):
@@ -118,7 +113,7 @@ class Levels:
                 if name not in names:
                     raise ValueError(f"recompute has a level for {name!r}; expected names of modules")
                 self._set_level(names[name], policy, places)
-        else:
+        elif not is_level:
             raise TypeError(
                 f"recompute is {type(recompute).__name__}; expected a level, a mapping of names to levels, or a plan"
             )
