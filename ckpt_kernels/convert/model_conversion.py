@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from .. import backends, offload
-from ..levels import discards_outputs, level_of_blocks, runs_layers_again
+from ..levels import discards_outputs, level_of_blocks, runs_layers_again, runs_products_again
 from .attribute_loads import is_set
 from .forward_contexts import (
     Discarding,
     ForwardContext,
     InTiles,
+    as_layer,
     checkpointing_selectively,
     converting_late_modules,
 )
@@ -146,8 +147,8 @@ class ModelConversion(LeafConverter):
         elif is_named:
             yield AtLevel(policy.level, places, may_repeat)
         else:
-            is_layer = module not in self.above and self._is_layer(module)
-            yield Discarding(whole.level if is_layer else level_of_blocks(whole.level))
+            is_layer = runs_layers_again(whole.level) and module not in self.above and self._is_layer(module)
+            yield as_layer if is_layer else Discarding(products=runs_products_again(whole.level))
             if may_repeat:
                 yield checkpointing_selectively
         if is_named and policy.is_offloaded:

@@ -65,9 +65,10 @@ def mlp(
     input: Tensor, first: Linear, act: Any, last: Linear, activation: str, p: float, recompute: str
 ) -> Results | None:
     # The output that eager torch saves is saved by the last layer anyway.
-    in_place = has_type(act, nn.Module) and is_set(act, "inplace")
-    if not discards_outputs(recompute) and activation in (_BY_RESULT_IN_PLACE if in_place else _BY_RESULT):
-        return None
+    if not discards_outputs(recompute):
+        in_place = has_type(act, nn.Module) and is_set(act, "inplace")
+        if activation in (_BY_RESULT_IN_PLACE if in_place else _BY_RESULT):
+            return None
     recompute = level_for_weights(recompute, first)
     if (output := known_mlp(input, first, last, activation, p, recompute)) is not None:
         return [output]

@@ -26,7 +26,15 @@ from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes,
 from ..code.settings import Settings, bare_module
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 from ..wrappers import original_method
-from .trial import POINTWISE, Outline, count_apart, counting_saved_tensors, in_own_thread, result_of, takes_one_argument
+from .trial import (
+    POINTWISE,
+    Outline,
+    count_apart,
+    in_own_thread,
+    recording_saved_storages,
+    result_of,
+    takes_one_argument,
+)
 
 
 class TrialResult(NamedTuple):
@@ -80,7 +88,8 @@ class TriedFunction(NamedTuple):
 
 
 class TriedMethod(NamedTuple):
-    """The same for a method of a class, `name`, which reads these settings of the module."""
+    """A method `name` of a class, the settings of the module that the method reads, the result of its trial, and all
+    code and globals that the method reaches."""
 
     kind: type[nn.Module]
     name: str
@@ -179,7 +188,7 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
     With `has_function` the gradient comes from an `autograd.Function` whose code was read, and must be linear in the
     incoming one: the derivative times the incoming gradient, and nothing else.
     """
-    with counting_saved_tensors() as saved:
+    with recording_saved_storages() as saved:
         points = sample_points()
         input = points.clone().requires_grad_()
         values = compute(input)

@@ -36,9 +36,9 @@ from .trial import (
     Outline,
     in_own_thread,
     outline_of,
+    recording_saved_tensors,
     result_of,
     takes_one_argument,
-    watching_saved_tensors,
 )
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -200,7 +200,7 @@ def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes, requires_grad:
     module = outline.stand_in(dtypes[1])
     input = torch.zeros(_shapes_for(outline, rule)[0], dtype=dtypes[0], device="cpu")
     input.requires_grad_(requires_grad)
-    with watching_saved_tensors() as is_saved:
+    with recording_saved_tensors() as is_saved:
         _output_of(module, rule.channels_first, input)
     return is_saved(input)
 
@@ -214,7 +214,7 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
 
 
 def _agrees_or_refuses(outline: Outline, rule: RowNorm) -> bool:
-    """The same; raises `InputRefused` if the module takes other inputs."""
+    """As `_agrees`, but raises `InputRefused` if the module takes other inputs."""
     ((dtypes, *_),) = rule.cases or ()
     generator = torch.Generator("cpu").manual_seed(0)
     # One input has usual values, the other such small ones that the place of eps shows, in float32 at least.

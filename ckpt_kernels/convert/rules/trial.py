@@ -192,14 +192,14 @@ def count_apart(results: Tensor, expected: Tensor, bound: float) -> int:
 
 
 @contextlib.contextmanager
-def watching_saved_tensors() -> Iterator[Callable[[Tensor], bool]]:
+def recording_saved_tensors() -> Iterator[Callable[[Tensor], bool]]:
     """A context with a function that tells whether autograd has saved the storage of a tensor within the context."""
-    with counting_saved_tensors() as storages:
+    with recording_saved_storages() as storages:
         yield lambda tensor: tensor.untyped_storage()._cdata in storages
 
 
 @contextlib.contextmanager
-def counting_saved_tensors() -> Iterator[set[int]]:
+def recording_saved_storages() -> Iterator[set[int]]:
     """A context with the addresses of the storages that autograd has saved within the context."""
     storages: set[int] = set()
 
