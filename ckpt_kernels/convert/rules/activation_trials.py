@@ -181,9 +181,8 @@ def tried_activation(function: Callable[[Tensor], Any], has_function: bool = Fal
     return activation_by_trial(compute, has_function)
 
 
-@in_own_thread
 def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool = False) -> TrialResult:
-    """The activation that equals a function of one tensor in values and derivative.
+    """The activation that equals a function of one tensor in values and derivative. Callers run in their own thread.
 
     With `has_function` the gradient comes from an `autograd.Function` whose code was read, and must be linear in the
     incoming one: the derivative times the incoming gradient, and nothing else.
