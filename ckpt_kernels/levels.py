@@ -87,6 +87,24 @@ class Policy:
         return policy
 
 
+# Questions about the name of a level.
+
+
+def discards_outputs(level: str) -> bool:
+    """Whether the outputs of blocks are discarded: above the level "block"."""
+    return level not in (NONE, "block")
+
+
+def runs_products_again(level: str) -> bool:
+    """Whether the matrix products that blocks read run again."""
+    return level in ("all", "layer")
+
+
+def runs_layers_again(level: str) -> bool:
+    """Whether a layer keeps its input and the result of attention, and all else runs again."""
+    return level == "layer"
+
+
 def level_of_blocks(level: str) -> str:
     """The level of the blocks within a module of this level: "all" within "layer"."""
-    return "all" if level == "layer" else level
+    return "all" if runs_layers_again(level) else level

@@ -27,9 +27,9 @@ from torch.nn.parameter import is_lazy
 
 from .arguments import size
 from .convert.code.memoization import shared_results
-from .convert.inspected import inspected_modules
 from .convert.module_tree import named_modules, names_fitting, tensors_of
 from .convert.rules.rule import Forward
+from .convert.selection import inspected_modules
 from .convert.swap import add_forward_context, may_be_swapped
 from .host_memory import from_host, to_host
 from .recompute import discarding, run_at

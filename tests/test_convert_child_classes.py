@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels.convert.code.child_classes import inspects_classes_inside
-from ckpt_kernels.convert.inspected import inspected_modules
+from ckpt_kernels.convert.selection import inspected_modules
 
 from .conftest import DEVICE
 from .conversion import WIDTH, close, random_tensor, reason_of, results_of, twins

@@ -124,7 +124,12 @@ def test_announcements_equal_pythons(case: str, other: str, inside: Callable[[],
                 announcing.record(output)
             block = getattr(output.grad_fn, "recomputed_block", "none")
             recipe = block.entry.recipe() if isinstance(block, Block) else block
-            found += [discarder.announced, type(recipe), len(discarder.all_entries), discarder in active.thread.active]
+            found += [
+                discarder.announced,
+                type(recipe),
+                len(discarder.all_entries.by_storage),
+                discarder in active.thread.active,
+            ]
             if isinstance(recipe, Recipe):
                 found += [recipe.depth, recipe.layout, [type(operand) for operand in recipe.operands]]
         return found

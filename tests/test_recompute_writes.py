@@ -109,7 +109,7 @@ def test_entries_of_freed_outputs_are_removed() -> None:
         x = torch.ones(2, WIDTH, device=DEVICE, requires_grad=True)
         for _ in range(300):
             F.layer_norm(x, WIDTH, weight)
-        assert len(discarder.all_entries) < 200
+        assert len(discarder.all_entries.by_storage) < 200
 
 
 def test_a_sweep_removes_only_entries_of_freed_outputs() -> None:
@@ -154,10 +154,10 @@ def test_a_closed_context_holds_nothing() -> None:
         _, small = total.grad_fn.metadata["ckpt_kernels"]
         discarder._boundaries.add(h)
         discarder.announced = Announced(None, False, None)
-        assert discarder.outer is not None and len(discarder.all_entries) and discarder.held
+        assert discarder.outer is not None and discarder.all_entries.by_storage and discarder.held
         assert small.tensor is not None
     assert discarder.outer is discarder.announced is small.tensor is None
-    assert not len(discarder.all_entries) and not discarder.held
+    assert not discarder.all_entries.by_storage and not discarder.held
 
 
 def test_a_context_around_foreign_hooks_does_not_see_tensors() -> None:

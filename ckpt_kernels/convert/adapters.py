@@ -8,11 +8,10 @@ import ast
 import types
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from .code.memoization import memoized
 from .code.source import NoSource, decorator_chain, definition_of
-from .module_tree import children_of, modules_of
+from .module_tree import children_of, modules_of, own_parameters
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.Sequential)
 _PRODUCTS = frozenset(("linear", "matmul", "mm"))
@@ -29,15 +28,13 @@ def is_adapter(module: nn.Module) -> bool:
             continue
         if children_of(below) and not isinstance(below, _CONTAINERS):
             return False
-        parameters = (p for p in below._parameters.values() if p is not None and not is_lazy(p))
-        trained.update(p.requires_grad for p in parameters if p.dim() == 2)
+        trained.update(p.requires_grad for p in own_parameters(below) if p.dim() == 2)
     return trained == {False, True}
 
 
 def adds_bias(module: nn.Module) -> bool:
     """Whether the module has a matrix, a bias and no children, and a forward with a matrix product and a sum."""
-    parameters = [p for p in module._parameters.values() if p is not None and not is_lazy(p)]
-    if children_of(module) or sorted(p.dim() for p in parameters) != [1, 2]:
+    if children_of(module) or sorted(p.dim() for p in own_parameters(module)) != [1, 2]:
         return False
     forward = type(module).forward
     if not isinstance(forward, types.FunctionType):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.tiles import in_tiles
-from ..recompute import discard_outputs, discarding, run_as_layer, selective_contexts
+from ..recompute import discard_outputs, discarding, run_at, selective_contexts
 from ..saved_tensor_hooks import as_is
 from .attribute_loads import is_set
 from .late_modules import convert_late_modules
@@ -27,21 +27,27 @@ _CHECKPOINTED_TYPES = (Tensor, type(None), bool, int, float, str, tuple)
 
 @dataclass(frozen=True)
 class Discarding:
-    """Runs a forward within `discard_outputs` at the level "output", "all" or "layer"."""
+    """Runs a forward within `discard_outputs`, with or without products, unless such a context is active already."""
 
-    level: str
+    products: bool
 
     def __call__(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
-        # Within another context that one stays active. Most calls end here.
-        if self.level != "layer" and not torch.compiler.is_compiling() and discarding() is not None:
+        # Most calls end here.
+        if not torch.compiler.is_compiling() and discarding() is not None:
             return forward(module, *args, **kwargs)
         convert_late_modules_if_outermost(module)
-        if self.level == "layer":
-            return run_as_layer(functools.partial(forward, module), module, args, kwargs)
-        with discard_outputs(module, products=self.level == "all"):
+        with discard_outputs(module, products=self.products):
             return forward(module, *args, **kwargs)
+
+
+def as_layer(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Runs a forward as a layer whose products run again, within another context too."""
+    if not torch.is_grad_enabled():
+        return forward(module, *args, **kwargs)
+    convert_late_modules_if_outermost(module)
+    return run_at("layer", functools.partial(forward, module), module, args, kwargs)
 
 
 @dataclass(frozen=True)

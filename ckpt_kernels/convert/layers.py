@@ -7,9 +7,10 @@ from torch import nn
 
 from .attribute_loads import is_set
 from .code.call_graph import stores_attributes
-from .inspected import inspected_modules
 from .module_tree import children_of, initialized_parameters, modules_of, named_modules
+from .rules.likeness import NORMS
 from .rules.norms import Norm
+from .selection import inspected_modules
 from .swap import may_be_swapped, rule_of
 
 _LISTS = (nn.ModuleList, nn.Sequential)
@@ -68,7 +69,7 @@ def _is_norm(module: nn.Module) -> bool:
     rule = rule_of(module)
     if rule is not None:
         return isinstance(rule, Norm)
-    return isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase)
+    return isinstance(module, NORMS)
 
 
 def count_matrices(module: nn.Module) -> int:

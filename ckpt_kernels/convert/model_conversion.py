@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from .. import backends, offload
-from ..levels import level_of_blocks
+from ..levels import discards_outputs, level_of_blocks, runs_layers_again, runs_products_again
 from .attribute_loads import is_set
 from .forward_contexts import (
     Discarding,
     ForwardContext,
     InTiles,
+    as_layer,
     checkpointing_selectively,
     converting_late_modules,
 )
@@ -70,7 +71,7 @@ class ModelConversion(LeafConverter):
         for module, name in names.items():
             if module not in self.rules:
                 self._convert_composite(name, module)
-        roots = [m for m in self._roots() if self.levels.whole.level != "block" or m is self.model]
+        roots = [m for m in self._roots() if discards_outputs(self.levels.whole.level) or m is self.model]
         for module in roots:
             self._set_contexts(module, tuple(self._contexts(module)))
         self.late.begin(self.model, *roots)
@@ -121,7 +122,7 @@ class ModelConversion(LeafConverter):
         for parent in () if self.levels.is_by_module else modules_of(self.model):
             if isinstance(parent, nn.ModuleList):
                 roots.update(dict.fromkeys(children_of(parent)))
-        if self.levels.whole.level == "layer" and not self.levels.is_by_module:
+        if runs_layers_again(self.levels.whole.level) and not self.levels.is_by_module:
             # Members of lists that are single modules, such as linear layers, must remain as they are: fused calls read
             # their weights.
             roots.update(dict.fromkeys(filter(self._is_layer, layers_of(self.model).values())))
@@ -141,13 +142,13 @@ class ModelConversion(LeafConverter):
         policy, places = self.levels.named.get(module, (whole, ()))
         may_repeat = module not in self.above and not any(map(may_not_repeat, modules_of(module)))
         yield from self._tiling(self.names[module])
-        if whole.level == "block":
+        if not discards_outputs(whole.level):
             yield converting_late_modules
         elif is_named:
             yield AtLevel(policy.level, places, may_repeat)
         else:
-            is_layer = module not in self.above and self._is_layer(module)
-            yield Discarding("all" if whole.level == "layer" and not is_layer else whole.level)
+            is_layer = runs_layers_again(whole.level) and module not in self.above and self._is_layer(module)
+            yield as_layer if is_layer else Discarding(products=runs_products_again(whole.level))
             if may_repeat:
                 yield checkpointing_selectively
         if is_named and policy.is_offloaded:

@@ -10,7 +10,16 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..levels import NONE, OF_LAYERS, OF_MODELS, OF_MODULES, Policy
+from ..levels import (
+    NONE,
+    OF_LAYERS,
+    OF_MODELS,
+    OF_MODULES,
+    Policy,
+    discards_outputs,
+    level_of_blocks,
+    runs_layers_again,
+)
 from ..recompute import run_at
 from ..runs import Place, run_in
 from .forward_contexts import checkpointed, checkpointing_selectively, convert_late_modules_if_outermost
@@ -41,17 +50,16 @@ class AtLevel:
         if torch.compiler.is_compiling():
             return self._compiled(forward, module, args, kwargs)
         if not self.places:
-            level = "block" if self.level == NONE else self.level
-            return run_at(level, functools.partial(forward, module), module, args, kwargs)
+            return run_at(self.level, functools.partial(forward, module), module, args, kwargs)
         return run_in(self.places, functools.partial(self._in_checkpoint, forward, module), module, args, kwargs)
 
     def _in_checkpoint(self, forward: Forward, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        if self.level in (NONE, "block"):
+        if not discards_outputs(self.level):
             return forward(module, *args, **kwargs)
         return run_at(self.level, functools.partial(forward, module), module, args, kwargs, alone=True)
 
     def _compiled(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not self.may_repeat or (self.level in (NONE, "block") and not self.places):
+        if not self.may_repeat or not (self.places or discards_outputs(self.level)):
             return forward(module, *args, **kwargs)
         if self.places:
             return checkpointed(forward, module, args, kwargs)
@@ -86,21 +94,16 @@ class Levels:
     def __init__(self, model: nn.Module, recompute: "str | Mapping[str, str] | LevelSource") -> None:
         self.named: dict[nn.Module, tuple[Policy, tuple[Place, ...]]] = {}
         self._level: dict[nn.Module, str] = {}
-        whole = recompute if isinstance(recompute, str) else getattr(recompute, "whole", None)
-        known = OF_MODELS if isinstance(recompute, str) else OF_LAYERS
-        if (
-            isinstance(recompute, str)
-            and Policy.read(recompute, OF_MODELS) is None
-            and Policy.read(recompute, OF_MODULES)
-        ):
+        is_level = isinstance(recompute, str)
+        if is_level and Policy.read(recompute, OF_MODELS) is None and Policy.read(recompute, OF_MODULES):
             raise ValueError(
                 f"recompute is {recompute!r}, a level of single modules; expected one of {', '.join(OF_MODELS)}, or a "
                 f"mapping of names, such as {{'layers.*': {recompute!r}}}"
             )
+        whole = recompute if is_level else getattr(recompute, "whole", None)
+        known = OF_MODELS if is_level else OF_LAYERS
         self.whole = Policy.of("output" if whole is None else whole, known, "recompute")
         self.is_by_module = whole is None
-        if isinstance(recompute, str):
-            return
         if isinstance(recompute, Mapping):
             self._assign(model, recompute)
         elif hasattr(recompute, "levels_in"):
@@ -110,7 +113,7 @@ class Levels:
                 if name not in names:
                     raise ValueError(f"recompute has a level for {name!r}; expected names of modules")
                 self._set_level(names[name], policy, places)
-        else:
+        elif not is_level:
             raise TypeError(
                 f"recompute is {type(recompute).__name__}; expected a level, a mapping of names to levels, or a plan"
             )
@@ -132,7 +135,7 @@ class Levels:
                 below.update(modules_of(module))
                 places = (Place(len(self._level), 0, True),) if policy.is_checkpoint else ()
                 self._set_level(module, policy.inside(), places)
-                if policy.level == "layer":
+                if runs_layers_again(policy.level):
                     self._set_layers_inside(layers(), module, policy)
 
     def _set_layers_inside(self, layers: Container[nn.Module], module: nn.Module, policy: Policy) -> None:
@@ -140,7 +143,7 @@ class Levels:
         layers_inside = [] if module in layers else [inside for inside in modules_of(module) if inside in layers]
         if not layers_inside:
             return
-        self._set_level(module, dataclasses.replace(policy, level="all"), ())
+        self._set_level(module, dataclasses.replace(policy, level=level_of_blocks(policy.level)), ())
         for layer in layers_inside:
             self._set_level(layer, policy, ())
 

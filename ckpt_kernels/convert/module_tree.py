@@ -51,7 +51,12 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
 
 def initialized_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of the module and of all modules below, without lazy ones, which have no shape yet."""
-    return (p for m in modules_of(model) for p in m._parameters.values() if p is not None and not is_lazy(p))
+    return (parameter for module in modules_of(model) for parameter in own_parameters(module))
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the module itself, without lazy ones."""
+    return [p for p in module._parameters.values() if p is not None and not is_lazy(p)]
 
 
 def check_initialized(model: nn.Module) -> None:

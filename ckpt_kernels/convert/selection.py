@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .inspected import inspected_modules
-from .module_tree import modules_of, named_modules, names_fitting
+from .code.child_classes import inspects_classes_inside
+from .module_tree import children_of, modules_of, named_modules, names_fitting
+from .swap import original_of
 
 Choice = tuple[str | type[nn.Module], ...] | None
 
@@ -30,6 +31,12 @@ class Selection:
         if module in self._excluded or not (self._included is None or module in self._included):
             return "not selected"
         return "a module around it reads the classes of modules inside" if module in self.inspected else ""
+
+
+def inspected_modules(model: nn.Module) -> set[nn.Module]:
+    """All modules below one whose forward tells classes from subclasses, as `type(layer) is nn.LayerNorm` does."""
+    inspecting = (module for module in modules_of(model) if inspects_classes_inside(original_of(module)))
+    return {below for module in inspecting for child in children_of(module) for below in modules_of(child)}
 
 
 def choice_of(model: nn.Module, given: Iterable[str | type[nn.Module]] | None, argument: str) -> Choice:

@@ -15,7 +15,7 @@ from .active import discarding, is_active, thread
 from .announcements import Announcement
 from .announcing import announce, announce_in_layer, copied, note, record, watch
 from .contexts import DiscardOutputs, discard_outputs, selective_contexts
-from .layers import layer, run_as_layer, run_at
+from .layers import layer, run_at
 from .narrow_hooks import keeping_narrow
 from .view_writes import write_over_view
 from .widened import is_widened
@@ -34,7 +34,6 @@ __all__ = [
     "layer",
     "note",
     "record",
-    "run_as_layer",
     "run_at",
     "selective_contexts",
     "thread",

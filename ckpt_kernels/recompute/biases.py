@@ -1,6 +1,6 @@
 """Tracks the biases of a module, so that recipes copy only biases that are unchanged since the forward pass began."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import fast_path, nodes
+
+# Parameters with their versions and addresses, by identity.
+Versions = dict[int, tuple[nn.Parameter, int, int]]
 
 
 class Biases:
@@ -42,21 +45,28 @@ class Biases:
 
     def is_unchanged(self, bias: Tensor) -> bool:
         """Whether a bias is unchanged since the forward pass began, when no op had read the bias."""
-        if self._versions is None:
-            return True
-        recorded, version, address = self._versions.get(id(bias), (None, 0, 0))
-        return recorded is bias and bias._version == version and address_of(bias) == address
+        return self._versions is None or is_as_recorded(bias, self._versions)
 
 
-def address_of(parameter: nn.Parameter) -> int:
+def versions_in(module: nn.Module) -> Versions:
+    """The versions and addresses of a module's parameters with at most one dimension."""
+    return versions_of(p for p in parameters_in(module) if p.dim() < 2)
+
+
+def versions_of(parameters: Iterable[nn.Parameter]) -> Versions:
+    """The present versions and addresses of parameters, without those that have no version."""
+    return {id(p): (p, p._version, address_of(p)) for p in parameters if not p.is_inference()}
+
+
+def is_as_recorded(parameter: Tensor, versions: Versions) -> bool:
+    """Whether a parameter was recorded, and has the same version and address now."""
+    recorded, version, address = versions.get(id(parameter), (None, 0, 0))
+    return recorded is parameter and parameter._version == version and address_of(parameter) == address
+
+
+def address_of(parameter: Tensor) -> int:
     """The address of a parameter's memory; 0 for a subclass or a sparse layout."""
     return parameter.data_ptr() if type(parameter) is nn.Parameter and parameter.layout is torch.strided else 0
-
-
-def versions_in(module: nn.Module) -> dict[int, tuple[nn.Parameter, int, int]]:
-    """The versions and addresses of a module's parameters with at most one dimension, by identity."""
-    parameters = (p for p in parameters_in(module) if p.dim() < 2 and not p.is_inference())
-    return {id(p): (p, p._version, address_of(p)) for p in parameters}
 
 
 def parameters_in(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -19,7 +19,7 @@ from .announcements import Announced
 from .cells import Cell, Kept, empty_of
 from .discarder import Discarder
 from .entries import Block, Entries, Entry
-from .hooks import has_innermost_hooks, seekers, top_hooks
+from .hooks import STACK, has_innermost_hooks, seekers, top_hooks
 from .recipes import LONGEST_CHAIN, Claim, Recipe
 from .rules import GATHERS, KEEPING, PRIVATE_READERS, SAVED_BY, VIEWS, WRITERS
 from .transforms import allow_transforms
@@ -93,13 +93,12 @@ class discard_outputs(contextlib.ContextDecorator):
         return discard_outputs(self._module, products=self._products, temporaries=self._temporaries)
 
     def __enter__(self) -> "discard_outputs":
-        hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
         # A trace would record the operations of the hooks.
         is_recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
         # Torch keeps the saved values of tensors that are written to, which a recipe refuses to read.
         allows_writes = torch.autograd.graph._allow_mutation_on_saved_tensors_enabled
         # Within another active context the outer one stays active: outputs may pass between the two.
-        if is_recorded or allows_writes or not hooks._saved_tensors_hooks_is_enabled() or discarding() is not None:
+        if is_recorded or allows_writes or not STACK._saved_tensors_hooks_is_enabled() or discarding() is not None:
             self._entered.append(None)
             return self
         hooked = _hooked(self._module, self._products, self._temporaries)
@@ -124,10 +123,9 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
     """
     allow_transforms()
     discarder = Discarder(module, products, temporaries)
-    hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
     outer, pushed_by = discarder.outer, None
     try:
-        hooks._push_saved_tensors_default_hooks(fast_path.packing(discarder), fast_path.unpacking(_unpack))
+        STACK._push_saved_tensors_default_hooks(fast_path.packing(discarder), fast_path.unpacking(_unpack))
         pushed_by = threading.get_ident()
         thread.active.append(discarder)
         yield
@@ -135,10 +133,10 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
         discarder.is_closed = True
         innermost()
         discarder.close()
-        if pushed_by == threading.get_ident() and hooks._saved_tensors_hooks_is_enabled():
+        if pushed_by == threading.get_ident() and STACK._saved_tensors_hooks_is_enabled():
             _remove_hooks(discarder, outer)
         while _has_closed_hooks():
-            hooks._pop_saved_tensors_default_hooks()
+            STACK._pop_saved_tensors_default_hooks()
 
 
 def _remove_hooks(discarder: Discarder, outer: tuple[Any, Any] | None) -> None:
@@ -146,17 +144,16 @@ def _remove_hooks(discarder: Discarder, outer: tuple[Any, Any] | None) -> None:
 
     If they are gone, hooks that were opened before, `outer`, and closed within have removed them in place of their own.
     """
-    hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
     inner: list[tuple[Any, Any]] = []
     while not has_innermost_hooks(discarder) and (top := top_hooks()) is not None:
         inner.append(top)
-        hooks._pop_saved_tensors_default_hooks()
+        STACK._pop_saved_tensors_default_hooks()
     if has_innermost_hooks(discarder):
-        hooks._pop_saved_tensors_default_hooks()
+        STACK._pop_saved_tensors_default_hooks()
     elif inner and outer is not None and inner[0][0] is outer[0] and inner[0][1] is outer[1]:
         del inner[0]
     for pair in reversed(inner):
-        hooks._push_saved_tensors_default_hooks(*pair)
+        STACK._push_saved_tensors_default_hooks(*pair)
 
 
 def _has_closed_hooks() -> bool:
@@ -168,12 +165,11 @@ def _has_closed_hooks() -> bool:
 
 def use_library(thin: Any) -> None:
     """Lets `thin`, the module `_thin`, pack, record and unpack in the usual cases."""
-    hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
     graph_task, storage = torch._C._current_graph_task_id, torch.UntypedStorage
     thin.set_up_classes(Announced, Block, Cell, Claim, Discarder, Entries, Entry, Kept, Recipe)
     names = SAVED_BY, KEEPING | {nodes.LEAF}, frozenset(VIEWS), WRITERS, PRIVATE_READERS, GATHERS
     thin.set_up_cells(torch.strided, torch.float32, LONGEST_CHAIN, *names, BackwardCFunction)
-    top = hooks._top_saved_tensors_default_hooks
+    top = STACK._top_saved_tensors_default_hooks
     thin.set_up_records(thread, top, backends.chosen, type(threading.RLock()), empty_of)
     thin.set_up_storages(storage._expired, storage._free_weak_ref)
     modes = torch.is_grad_enabled, torch.is_inference_mode_enabled

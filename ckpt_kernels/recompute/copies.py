@@ -5,7 +5,7 @@ All copies have the recipe of the first, so that the backward pass recomputes th
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from .entries import Block, block_of
 from .nodes import Edge, is_made_since, name_of
 from .recipes import LONGEST_CHAIN, FromGraph, Layout, Recipe
 from .rules import VIEWS
-
-if TYPE_CHECKING:
-    from .provenance import Source
 
 # The key of the recipe and the layout of a copy in the metadata of the view's node.
 _COPY = "ckpt_kernels copy"
@@ -33,7 +30,7 @@ def copied_view(node: Any) -> Any:
     return view if view is not None and not output and name_of(view) in VIEWS else None
 
 
-def recipe_of_copy(view: Any, layout: Layout, owner: "Source") -> Recipe | None:
+def recipe_of_copy(view: Any, layout: Layout, owner: Any) -> Recipe | None:
     """The recipe of a copy of this layout, if the view is of a block's output in the context `owner` that has had no
     in-place write since. An earlier copy of the same layout has the same recipe."""
     views, maker, output = [], view, 0
@@ -48,7 +45,7 @@ def recipe_of_copy(view: Any, layout: Layout, owner: "Source") -> Recipe | None:
     return _first_recipe(views, layout, owner, block) if recipe is None else recipe
 
 
-def _first_recipe(views: list[Edge], layout: Layout, owner: "Source", block: Block) -> Recipe | None:
+def _first_recipe(views: list[Edge], layout: Layout, owner: Any, block: Block) -> Recipe | None:
     """A recipe that makes the views of a block's output again, the last first in the list, and copies the result."""
     if not all(is_made_since(node, owner.first_node) for node, _ in views):
         return None

@@ -18,7 +18,7 @@ from .cells import Cell, Kept, Operand, OuterPacked, Unwritten, is_plain, versio
 from .cheap_recipes import has_cheap_recipe
 from .copies import copied_view, note_copy, recipe_of_copy
 from .entries import Block, Entry, watch_of
-from .hooks import has_innermost_hooks
+from .hooks import STACK, has_innermost_hooks
 from .nodes import name_of
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Layout, Recipe, Step, geometry_of, layout_of, recipe_of_step
@@ -126,7 +126,7 @@ class Discarder(State):
         """The hook that packs a saved tensor."""
         # If another thread closed the context, this call is the first that can remove these hooks.
         if self.is_closed and has_innermost_hooks(self):
-            torch._C._autograd._pop_saved_tensors_default_hooks()
+            STACK._pop_saved_tensors_default_hooks()
         held = self._boundaries.of(tensor) if self.held and is_plain(tensor) else None
         cell = self._packed(tensor, is_saved=held is None)
         # A view of a copy does not have all of the values.
@@ -210,7 +210,7 @@ class Discarder(State):
                 return None
             if tensor._version == entry.version and (recipe := entry.recipe()) is not None:
                 return recipe
-        return None if self.is_paused else self._traced_recipe(tensor)
+        return None if self.is_paused else self._traced_recipe(tensor, root)
 
     def _recipe_of_total(self, announced: Announced, total: Total, tensor: Tensor) -> Recipe | None:
         """Within a layer, the recipe of a sum from the recipes of its operands."""
@@ -230,17 +230,12 @@ class Discarder(State):
             return recipe
         return None
 
-    def _traced_recipe(self, tensor: Tensor) -> Recipe | Tensor | None:
-        """A recipe from the autograd graph behind a tensor, or behind the tensor's base.
+    def _traced_recipe(self, tensor: Tensor, root: Tensor) -> Recipe | Tensor | None:
+        """A recipe from the autograd graph behind `root`, which is the tensor or the tensor's base.
 
         If there is none and the node saves its own result, that result is returned: a later recipe may replace it.
         """
-        root = tensor._base
-        if root is None:
-            root = tensor
-        node = root.grad_fn
-        if node is None:
-            return None
+        node: Any = root.grad_fn
         name = name_of(node)
         rules = self.rules
         if rules is RULES_AND_PRODUCTS and (self.announced is None or not self.announced.is_elementwise):

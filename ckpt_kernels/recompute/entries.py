@@ -54,9 +54,6 @@ class Entries:
         self.by_storage: dict[int, Entry] = {}
         self.sweep_size = 64
 
-    def __len__(self) -> int:
-        return len(self.by_storage)
-
     def of(self, tensor: Tensor) -> Entry | None:
         """The entry for the storage of a tensor. No new storage gets this address while the entry refers to the old
         one."""

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+# The module with torch's functions for the stack of hooks, some of which torch's type stubs lack.
+STACK: Any = torch._C._autograd
+_top_hooks = STACK._top_saved_tensors_default_hooks
 
 # The threads in which `nodes.results_of_function` unpacks tensors only to learn which node made them: unpacking then
 # returns a placeholder and computes no value. The list stays the same object.

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..levels import runs_layers_again
 from ..nested_values import tensors_among
 from .active import discarding
 from .contexts import discard_outputs
-from .discarder import Discarder
 
 
 class layer:
@@ -51,59 +51,39 @@ class layer:
         self._function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._function(*args, **kwargs)
         module = self._function if isinstance(self._function, nn.Module) else None
-        return run_as_layer(self._function, module, args, kwargs)
-
-
-def run_as_layer(function: Callable[..., Any], module: nn.Module | None, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Runs `function` as a `layer`. `module` is the module whose forward pass runs, if there is one."""
-    if not torch.is_grad_enabled():
-        return function(*args, **kwargs)
-    with discard_outputs(module, products=True):
-        discarder = None if torch.compiler.is_compiling() else discarding()
-        if discarder is None:
-            return function(*args, **kwargs)
-        return _between_boundaries("layer", discarder, function, args, kwargs)
+        return run_at("layer", self._function, module, args, kwargs)
 
 
 def run_at(
     level: str,
     function: Callable[..., Any],
-    module: nn.Module,
+    module: nn.Module | None,
     args: tuple,
     kwargs: dict[str, Any],
     alone: bool = False,
 ) -> Any:
-    """Runs a module's forward pass at a given level, whatever the level of the contexts around the call.
+    """Runs a forward pass at a given level, whatever the level of the contexts around the call.
 
     Args:
-        level: "block", "output", "all" or "layer", as in `convert`.
+        level: "none", "block", "output", "all" or "layer", as in `convert`. Here "none" is the same as "block".
         function: the forward.
-        module: the module that `function` belongs to.
+        module: the module that `function` belongs to, if there is one.
         args, kwargs: the arguments of the call.
-        alone: whether the module must keep the same tensors when it is called again by itself. Recipes then stop at
-            the module's inputs.
+        alone: whether the module must keep the same tensors when it is called again by itself. As for a layer, recipes
+            then do not cross the inputs and outputs.
     """
     with discard_outputs(module):
         discarder = None if torch.compiler.is_compiling() else discarding()
         if discarder is None:
             return function(*args, **kwargs)
-        return _between_boundaries(level, discarder, function, args, kwargs, alone or level == "layer")
-
-
-def _between_boundaries(
-    level: str,
-    discarder: Discarder,
-    function: Callable[..., Any],
-    args: tuple,
-    kwargs: dict[str, Any],
-    holds: bool = True,
-) -> Any:
-    """Calls the function at a level. With `holds`, recipes do not cross the inputs and outputs."""
-    for tensor in tensors_among((args, kwargs)) if holds else ():
-        discarder.hold(tensor)
-    with discarder.at(level):
-        output = function(*args, **kwargs)
-    for tensor in tensors_among(output) if holds else ():
-        discarder.hold(tensor)
-    return output
+        has_boundaries = alone or runs_layers_again(level)
+        for tensor in tensors_among((args, kwargs)) if has_boundaries else ():
+            discarder.hold(tensor)
+        with discarder.at(level):
+            output = function(*args, **kwargs)
+        for tensor in tensors_among(output) if has_boundaries else ():
+            discarder.hold(tensor)
+        return output

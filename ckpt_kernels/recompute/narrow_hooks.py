@@ -2,40 +2,15 @@
 
 import contextlib
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .active import discarding
-from .cells import version_error
-from .hooks import top_hooks
+from .cells import Kept, Operand, OuterPacked
+from .hooks import STACK, top_hooks
 from .widened import narrow_copy, widened
-
-
-class _Packed(NamedTuple):
-    """A saved tensor, or its 16-bit copy."""
-
-    content: Any
-    unpack: Any
-    is_narrow: bool
-
-    def get(self) -> Tensor:
-        tensor = self.unpack(self.content)
-        return widened(tensor) if self.is_narrow else tensor
-
-
-def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
-    # Detached, because a node that keeps its own output would keep itself alive. The version counter is shared.
-    return tensor.detach(), tensor._version
-
-
-def _if_unwritten(kept: tuple[Tensor, int]) -> Tensor:
-    """The tensor, if it has not been written to since: torch checks no versions under hooks."""
-    tensor, version = kept
-    if tensor._version != version:
-        raise version_error(f"{tensor.dtype} {tuple(tensor.shape)}", tensor._version, version)
-    return tensor
 
 
 def keeping_narrow() -> AbstractContextManager[Any]:
@@ -43,15 +18,24 @@ def keeping_narrow() -> AbstractContextManager[Any]:
 
     Within a context that discards outputs, which does the same, it changes nothing.
     """
-    hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
     # A trace would record the operations of the hooks.
     is_traced = torch._C._get_tracing_state() is not None
-    if is_traced or not hooks._saved_tensors_hooks_is_enabled() or discarding() is not None:
+    if is_traced or not STACK._saved_tensors_hooks_is_enabled() or discarding() is not None:
         return contextlib.nullcontext()
-    pack_outer, unpack_outer = top_hooks() or (_with_version, _if_unwritten)
+    outer = top_hooks()
 
-    def pack(tensor: Tensor) -> _Packed:
+    def pack(tensor: Tensor) -> tuple[Operand, bool]:
         narrow = narrow_copy(tensor)
-        return _Packed(pack_outer(tensor if narrow is None else narrow), unpack_outer, narrow is not None)
+        kept = tensor if narrow is None else narrow
+        if outer is not None:
+            pack_outer, unpack_outer = outer
+            return OuterPacked(pack_outer(kept), unpack_outer), narrow is not None
+        # Detached, because a node that keeps its own output would keep itself alive. The version counter is shared.
+        return Kept(kept.detach(), False), narrow is not None
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, _Packed.get)
+    return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+
+
+def _unpack(packed: tuple[Operand, bool]) -> Tensor:
+    content, is_narrow = packed
+    return widened(content.get()) if is_narrow else content.get()

@@ -45,7 +45,7 @@ class Watched(NamedTuple):
     and weak references to the storage and the tensor object."""
 
     number: int
-    watch: Tensor | None
+    watch: Tensor
     storage: Any
     output: "weakref.ref[Tensor]"
 
@@ -66,9 +66,9 @@ def packed_operands(node: Any, rule: Rule, edges: Sequence[Edge]) -> list[Any]:
     return [None if name is None else packed(node, name) for name in rule.saved]
 
 
-def result_cell(node: Any) -> Cell | None:
-    """The cell of a node that saves the node's result."""
-    content = packed(node, "result")
+def result_cell(node: Any, name: str = "result") -> Cell | None:
+    """The cell of a node that saves the node's result, under this name."""
+    content = packed(node, name)
     return content if isinstance(content, Cell) else None
 
 
@@ -170,21 +170,23 @@ def noted_copy(node: Any) -> Tensor | None:
 
 def watch(tensor: Tensor) -> None:
     """Lets the node of an unwritten tensor show later in-place writes to the tensor."""
-    watched = Watched(tensor.output_nr, version_watch(tensor), fast_path.storage_reference(tensor), weakref.ref(tensor))
-    node: Any = tensor.grad_fn
-    node.metadata[_WATCHED] = watched
+    counter = version_watch(tensor)
+    if counter is not None:
+        node: Any = tensor.grad_fn
+        storage = fast_path.storage_reference(tensor)
+        node.metadata[_WATCHED] = Watched(tensor.output_nr, counter, storage, weakref.ref(tensor))
 
 
 def watched(node: Any, output: int) -> Watched | None:
     """The watch on a node's output; None without one."""
     found = node.metadata.get(_WATCHED)
-    return found if found is not None and found.number == output and found.watch is not None else None
+    return found if found is not None and found.number == output else None
 
 
 def is_watched(node: Any, output: int) -> bool:
     """Whether a node's output is watched, and has had no in-place write."""
     found = watched(node, output)
-    return found is not None and found.watch is not None and found.watch._version == 0
+    return found is not None and found.watch._version == 0
 
 
 def is_cast_by_autocast(node: Any) -> bool:

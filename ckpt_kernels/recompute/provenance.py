@@ -256,6 +256,5 @@ def _saved_result(node: Any, output: int) -> Cell | None:
     if name in BY_RESULT or name in KEEPING_RESULT:
         return nodes.result_cell(node)
     if name in ATTENTIONS and output == 0:
-        content = nodes.packed(node, "output")
-        return content if isinstance(content, Cell) else None
+        return nodes.result_cell(node, "output")
     return nodes.results_of_function(node).get(output) if isinstance(node, BackwardCFunction) else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .biases import address_of, parameters_in
+from .biases import is_as_recorded, parameters_in, versions_of
 from .nodes import LEAF, name_of
 from .rules import VIEWS
 
@@ -29,21 +29,15 @@ class StackedWeights:
     def __init__(self, module: nn.Module | None) -> None:
         self._module = None if module is None else weakref.ref(module)
         references = () if module is None else _weights_in(module)
-        weights = [weight for reference in references if (weight := reference()) is not None]
-        self._versions = {id(w): (w, w._version, address_of(w)) for w in weights if not w.is_inference()}
+        self._versions = versions_of(weight for reference in references if (weight := reference()) is not None)
 
     def is_unchanged(self, weight: nn.Parameter) -> bool:
         """Whether a weight is unchanged since the forward pass began, when no op had read the weight."""
-        recorded, version, address = self._versions.get(id(weight), (None, 0, 0))
-        if (
-            recorded is None
-            and _is_stacked(weight)
-            and self._module is not None
-            and (module := self._module()) is not None
-        ):
+        module = None if self._module is None else self._module()
+        if module is not None and id(weight) not in self._versions and _is_stacked(weight):
             # The module may have got the weight later: the next forward pass searches again.
             _weights_by_module.pop(module, None)
-        return recorded is weight and weight._version == version and address_of(weight) == address
+        return is_as_recorded(weight, self._versions)
 
 
 def reads_stacked_weight(node: Any) -> bool:

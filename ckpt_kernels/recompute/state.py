@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..levels import discards_outputs, runs_layers_again
 from .announcements import Announced, may_be_sharded
 from .biases import Biases
 from .entries import Entries
@@ -81,9 +82,9 @@ class State:
     def _set_level(self, level: str) -> None:
         self.level = level
         # Whether only outputs recorded earlier are discarded.
-        self.is_paused = level == "block"
+        self.is_paused = not discards_outputs(level)
         # Within a layer matrix products run again, whatever reads them.
-        self.is_in_layer = level == "layer"
+        self.is_in_layer = runs_layers_again(level)
         self.rules = _RULES_AT.get(level, RULES)
 
     def close(self) -> None:

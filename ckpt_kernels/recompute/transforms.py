@@ -17,7 +17,7 @@ import torch
 from ..saved_tensor_hooks import may_step_aside
 from .active import thread
 from .discarder import Discarder
-from .hooks import has_innermost_hooks, top_hooks
+from .hooks import STACK, has_innermost_hooks, top_hooks
 
 _Disabling = Callable[[str], Generator[None, None, None]]
 
@@ -38,20 +38,19 @@ def _without_own_hooks(disabling: _Disabling) -> _Disabling:
 
     @functools.wraps(disabling)
     def generator(error_message: str) -> Generator[None, None, None]:
-        hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
         removed: list[tuple[Discarder | None, Any]] = []
         while (pair := top_hooks()) is not None:
             discarder = next(filter(has_innermost_hooks, reversed(thread.active)), None)
             if discarder is None and not may_step_aside(pair[0]):
                 break
             removed.append((discarder, pair))
-            hooks._pop_saved_tensors_default_hooks()
+            STACK._pop_saved_tensors_default_hooks()
         try:
             with context(error_message):
                 yield
         finally:
             for discarder, pair in reversed(removed):
                 if discarder is None or not discarder.is_closed:
-                    hooks._push_saved_tensors_default_hooks(*pair)
+                    STACK._push_saved_tensors_default_hooks(*pair)
 
     return generator

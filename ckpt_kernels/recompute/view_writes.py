@@ -15,6 +15,7 @@ from torch import Tensor
 from .active import discarding
 from .entries import Entry
 from .recipes import LONGEST_CHAIN, Claim, FromGraph, Geometry, Recipe, geometry_of
+from .small_operands import fills_memory
 
 # The key of the recipe in the metadata of the node of the whole tensor.
 _WRITTEN = "ckpt_kernels written"
@@ -53,12 +54,8 @@ def _written(compute: Callable[[Tensor], Tensor], geometry: Geometry, whole: Ten
     view = whole.as_strided(*geometry)
     result = compute(view)
     is_whole = view.numel() == whole.numel() and not view.storage_offset()
-    if is_whole and result.stride() == view.stride() and _fills_storage(result) and _fills_storage(whole):
+    if is_whole and result.stride() == view.stride() and fills_memory(result) and fills_memory(whole):
         return result.as_strided(whole.size(), whole.stride(), 0)
     written = whole.clone()
     written.as_strided(*geometry).copy_(result)
     return written
-
-
-def _fills_storage(tensor: Tensor) -> bool:
-    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()

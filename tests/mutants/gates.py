@@ -33,14 +33,14 @@ GATES = (
     Mutant(
         "a gate may take parts of a fixed size",
         "ckpt_kernels/convert/code/function_reachability.py",
-        "not is_size_independent(function, self._trees.get(function))",
+        "not is_size_independent(function)",
         "False",
         _OTHERS,
     ),
     Mutant(
         "a gate may have any gradient",
         _TRIALS,
-        "differ[0] == 0 and «differ[1] <= 2»",
+        "of_results == 0 and «of_gradients <= 2»",
         "True",
         _OTHERS,
     ),

@@ -67,7 +67,7 @@ PYTHON = (
     Mutant(
         "a watched sum is made again, whatever was written to it",
         "ckpt_kernels/recompute/nodes.py",
-        "found.watch is not None and «found.watch._version == 0»",
+        "found is not None and «found.watch._version == 0»",
         "True",
         "tests/test_convert_sums.py -k autograd_does_not_see",
     ),
@@ -267,7 +267,7 @@ PYTHON = (
         "hooks do not come back after a transform",
         "ckpt_kernels/recompute/transforms.py",
         "if discarder is None or not discarder.is_closed:\n"
-        "                    «hooks._push_saved_tensors_default_hooks(*pair)»",
+        "                    «STACK._push_saved_tensors_default_hooks(*pair)»",
         "pass",
         "tests/test_convert_outside.py -k stays_open_after_a_transform",
     ),

@@ -11,7 +11,7 @@ from .call_graph import is_standard, methods_of, reachable_functions
 from .class_uses import aliased, tells_subclasses
 from .code_objects import names_in
 from .memoization import memoized
-from .source import NoSource, definition_of
+from .source import tree_of
 from .syntax_trees import is_name, stored_names
 
 
@@ -34,11 +34,10 @@ def _inspects(function: types.FunctionType, method: str | None) -> bool:
         return True
     if not {"type", "__class__"} & names_in(function.__code__):
         return False
-    try:
-        tree = definition_of(function).tree
-    except NoSource:
+    tree = tree_of(function)
+    if tree is None or _passes_type_on(tree):
         return True
-    return _passes_type_on(tree) or tells_subclasses(function, tree, _may_be_inside(function, tree, method))
+    return tells_subclasses(function, tree, _may_be_inside(function, tree, method))
 
 
 def _passes_type_on(tree: ast.FunctionDef) -> bool:

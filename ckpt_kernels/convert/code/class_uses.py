@@ -38,17 +38,18 @@ def tells_subclasses(
 def aliased(tree: ast.FunctionDef, names: Collection[str]) -> Callable[[ast.AST], bool]:
     """Tells names, and names that are assigned from such a name, from all other expressions."""
     known = set(names)
-    assignments = _assignments(tree)
-    # A name may be assigned from a name that a later line assigns, in a loop.
-    for _ in assignments:
-        for node in assignments:
-            if is_name(node.value, known):
-                known |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    _add_assigned(known, tree, lambda node: is_name(node, known))
     return lambda node: is_name(node, known)
 
 
-def _assignments(tree: ast.FunctionDef) -> list[ast.Assign]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+def _add_assigned(names: set[str], tree: ast.FunctionDef, is_known: Callable[[ast.AST], bool]) -> None:
+    """Adds the names that are assigned from a known expression, among which the names are."""
+    assignments = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    # A name may be assigned from a name that a later line assigns, in a loop.
+    for _ in assignments:
+        for node in assignments:
+            if is_known(node.value):
+                names.update(target.id for target in node.targets if isinstance(target, ast.Name))
 
 
 class _ClassUses:
@@ -65,11 +66,7 @@ class _ClassUses:
         self._scope = Scope(function, tree)
         self._is_object = is_object
         self._classes = set(classes)
-        assignments = _assignments(tree)
-        for _ in assignments:
-            for node in assignments:
-                if self._is_class(node.value):
-                    self._classes |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        _add_assigned(self._classes, tree, self._is_class)
 
     def found(self) -> Iterator[tuple[ast.AST, ast.AST]]:
         """The expressions, each after the node around."""

@@ -11,7 +11,8 @@ import types
 from typing import Any
 
 from ..native_guards import Binding
-from .source import NoSource, definition_of, rebuilt
+from .source import NoSource, definition_of, rebuilt, tree_of
+from .syntax_trees import is_name
 
 
 def live_code(function: types.FunctionType) -> tuple[types.CodeType, list[Binding]]:
@@ -49,13 +50,10 @@ def _false_flag(function: Any) -> Binding | None:
     (name,) = function.__code__.co_names
     if function.__code__.co_argcount or function.__closure__ or function.__globals__.get(name) is not False:
         return None
-    try:
-        body = definition_of(function).tree.body
-    except NoSource:
-        return None
-    last = body[-1]
-    is_flag = isinstance(last, ast.Return) and isinstance(last.value, ast.Name) and last.value.id == name
-    return (function.__globals__, name, False) if is_flag and len(body) == 1 else None
+    tree = tree_of(function)
+    returned = tree.body[0] if tree is not None and len(tree.body) == 1 else None
+    is_flag = isinstance(returned, ast.Return) and returned.value is not None and is_name(returned.value, (name,))
+    return (function.__globals__, name, False) if is_flag else None
 
 
 class _DeadBranchRemover(ast.NodeTransformer):

@@ -15,7 +15,7 @@ from torch import nn
 from .call_graph import belongs_to_torch
 from .code_objects import cell_value, has_type, names_in
 from .scope import UNKNOWN, Scope
-from .source import NoSource, definition_of
+from .source import tree_of
 from .syntax_trees import is_name, root_name, stored_names
 
 # Prefix of the names that a rewrite adds to a function.
@@ -72,9 +72,8 @@ def _inspectors(
     wanted = names & {inspector.__name__ for inspector in inspectors}
     if not wanted:
         return
-    try:
-        tree = definition_of(function).tree
-    except NoSource:
+    tree = tree_of(function)
+    if tree is None:
         yield from sorted(wanted)
         return
     scope = Scope(function, tree, module)
@@ -122,9 +121,8 @@ def _reads_locations_only(function: types.FunctionType) -> bool:
 
     The frames must come from an assignment such as `caller = inspect.getouterframes(inspect.currentframe())[1]`.
     """
-    try:
-        tree = definition_of(function).tree
-    except NoSource:
+    tree = tree_of(function)
+    if tree is None:
         return False
     records, assignments = set[str](), 0
     for node in ast.walk(tree):

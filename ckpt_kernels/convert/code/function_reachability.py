@@ -1,9 +1,8 @@
 """Reachability analysis of functions that take parts of a tensor: whether they may be tried out on small tensors."""
 
-import ast
 import dis
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -23,29 +22,23 @@ def read_function(function: types.FunctionType, allowed: frozenset[str]) -> Code
 
     Raises `NotTriable`.
     """
-    reader = _FunctionReader(nn.Module(), allowed, {})
+    reader = _FunctionReader(nn.Module(), allowed)
     reader.read_function(function)
     reader.read_modules()
     return reader.snapshot()
 
 
 class SizeIndependentReader(CodeReader):
-    """Reads code that may name only the `allowed` attributes, and slice tensors by their shapes.
+    """Reads code that may name only the `allowed` attributes, and slice tensors by their shapes."""
 
-    `trees` are the sources of functions that are in no file.
-    """
-
-    def __init__(
-        self, module: nn.Module, allowed: frozenset[str], trees: Mapping[types.FunctionType, ast.FunctionDef]
-    ) -> None:
+    def __init__(self, module: nn.Module, allowed: frozenset[str]) -> None:
         super().__init__(module)
         self._allowed_names = allowed
-        self._trees = trees
 
     def read_function(self, function: Any, own: bool = False) -> None:
         super().read_function(function, own)
         if has_type(function, types.FunctionType) and not is_torch_callable(function):
-            if not is_size_independent(function, self._trees.get(function)):
+            if not is_size_independent(function):
                 raise NotTriable("decides by what it is given, or takes parts of it that are not bounded by its shape")
 
     def check_bounds(self, loads: Sequence[dis.Instruction]) -> None:

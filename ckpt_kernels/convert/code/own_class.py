@@ -17,7 +17,7 @@ from .call_graph import functions_held_by, functions_reachable_from, items_of, m
 from .class_uses import aliased, tells_subclasses
 from .code_objects import has_type, names_in
 from .memoization import memoized
-from .source import NoSource, definition_of
+from .source import tree_of
 from .syntax_trees import is_name
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -71,11 +71,8 @@ def _passing_methods(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]:
 def _passes_self_on(method: types.FunctionType) -> bool:
     if not method.__code__.co_argcount:
         return False
-    try:
-        tree = definition_of(method).tree
-    except NoSource:
-        return True
-    return bool(_bare_selves(method, tree))
+    tree = tree_of(method)
+    return tree is None or bool(_bare_selves(method, tree))
 
 
 def _bare_selves(method: types.FunctionType, tree: ast.FunctionDef) -> list[ast.AST]:
@@ -92,9 +89,8 @@ def _holders_of_receivers(method: types.FunctionType) -> frozenset[str]:
     Where `self` is passed to anything but a call of an attribute of `self`, these are all names in the method.
     """
     every_name = frozenset(names_in(method.__code__))
-    try:
-        tree = definition_of(method).tree
-    except NoSource:
+    tree = tree_of(method)
+    if tree is None:
         return every_name
     callees: dict[int, ast.expr] = {}
     for call in ast.walk(tree):
@@ -166,9 +162,8 @@ def _inspects_class(function: types.FunctionType, is_classmethod: bool, first: i
     code = function.__code__
     if function.__globals__ is _OF_STRINGS or not (is_classmethod or {"type", "__class__"} & names_in(code)):
         return False
-    try:
-        tree = definition_of(function).tree
-    except NoSource:
+    tree = tree_of(function)
+    if tree is None:
         return True
     arguments = set(code.co_varnames[first : code.co_argcount + code.co_kwonlyargcount])
     return tells_subclasses(function, tree, aliased(tree, arguments), code.co_varnames[: int(is_classmethod)])

@@ -20,8 +20,8 @@ from ..native_guards import MISSING, Binding
 from .call_graph import belongs_to_torch
 from .code_objects import cell_value, has_type
 from .dead_code import live_code
-from .settings import PLAIN_TYPES, Settings, as_setting, has_settings, is_constant, is_plain
-from .snapshots import CodeSnapshot, NotTriable
+from .settings import PLAIN_TYPES, Settings, as_setting, bare_module, has_settings, is_constant, is_plain
+from .snapshots import CodeSnapshot, NotTriable, has_finalizer
 
 _BUILTINS = """any float int len list max min range str sum super tuple NotImplementedError RuntimeError TypeError
     ValueError AssertionError""".split()
@@ -67,8 +67,17 @@ def read_forward(
     if reader.settings:
         reader.dependencies += plain_loads(type(module))
     settings = tuple(sorted(reader.settings.items()))
-    described = type(module), settings, tuple(module._parameters)
-    return settings, CodeSnapshot(reader.dependencies, reader.helpers, described)
+    again = functools.partial(_forward_again, type(module), settings, tuple(module._parameters))
+    return settings, CodeSnapshot(reader.dependencies, reader.helpers, again)
+
+
+def _forward_again(kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...]) -> CodeSnapshot:
+    """The snapshot for a module of that class, with these settings and names of parameters. Raises `NotTriable`."""
+    if has_finalizer(kind):
+        raise NotTriable("has a finalizer")
+    module = bare_module(kind, settings)
+    module.__dict__["_parameters"] = dict.fromkeys(parameters)
+    return read_forward(module, gradients=True, every_dtype=True)[1]
 
 
 def depends_on_shapes(reader: "CodeReader") -> bool:
@@ -287,8 +296,3 @@ def _is_plain_autograd_function(kind: type) -> bool:
     own = vars(kind)
     is_plain = kind.__bases__ == (Function,) and own.keys() <= _ATTRIBUTES
     return is_plain and all(isinstance(own.get(name), staticmethod) for name in _METHODS)
-
-
-def has_custom_gradient(dependencies: Iterable[Binding]) -> bool:
-    """Whether the dependencies of code include an `autograd.Function`."""
-    return any(has_type(holder, type) and issubclass(holder, Function) for holder, _, _ in dependencies)

@@ -10,7 +10,7 @@ import ast
 import types
 from collections.abc import Iterator
 
-from .source import NoSource, definition_of
+from .source import tree_of
 from .syntax_trees import index_parts, is_name, keeps_dimensions
 
 # Allowed indices of a shape.
@@ -24,15 +24,10 @@ _STATEMENTS = (ast.Assign, ast.Expr, ast.If, ast.Pass, ast.Raise, ast.Return)
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 
 
-def is_size_independent(function: types.FunctionType, tree: ast.FunctionDef | None = None) -> bool:
-    """Whether the function uses sizes only to bound slices of last dimensions and to shape views.
-
-    `tree` is the source of a function that is in no file.
-    """
-    try:
-        return _SizeUses(tree or definition_of(function).tree).are_allowed()
-    except NoSource:
-        return False
+def is_size_independent(function: types.FunctionType) -> bool:
+    """Whether the function uses sizes only to bound slices of last dimensions and to shape views."""
+    tree = tree_of(function)
+    return tree is not None and _SizeUses(tree).are_allowed()
 
 
 class _SizeUses:

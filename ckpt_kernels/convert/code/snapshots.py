@@ -2,14 +2,12 @@
 
 import contextlib
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
-
-from torch import nn
 
 from ..native_guards import Binding, are_same
 from .code_objects import has_type
-from .settings import PLAIN_TYPES, Settings, bare_module
+from .settings import PLAIN_TYPES
 
 
 class NotTriable(Exception):
@@ -22,17 +20,17 @@ class CodeSnapshot:
     Dependencies are globals, functions of torch's modules, methods of a class, closure variables, and defaults.
     `helpers` are the names of the methods that the code finds in the class: an instance must not have these names.
 
-    A deep copy is the same object. Unpickling analyses a module of the same class, settings and parameters anew; a
-    snapshot that then differs is never the same.
+    A deep copy is the same object. Unpickling takes the snapshot anew by `again`. A snapshot that then differs is never
+    the same, and neither is one without `again`.
     """
 
     def __init__(
         self,
         dependencies: Iterable[Binding],
         helpers: Iterable[str] = (),
-        module: tuple[type[nn.Module], Settings, tuple[str, ...]] = (nn.Module, (), ()),
+        again: "Callable[[], CodeSnapshot] | None" = None,
     ) -> None:
-        self._module = module
+        self._again = again
         self.helpers = tuple(sorted(helpers))
         unique = {(id(holder), name): (holder, name, value) for holder, name, value in dependencies}
         self.dependencies = tuple(unique.values())
@@ -54,7 +52,7 @@ class CodeSnapshot:
         return self
 
     def __reduce__(self) -> tuple:
-        return _restored, (*self._module, self.text())
+        return _restored, (self._again, self.text())
 
     def text(self) -> tuple[str, ...]:
         """The dependencies as text that another process can compare: code of functions, plain values, other names."""
@@ -72,24 +70,14 @@ def _text(value: Any) -> str:
     return repr(value) if type(value) in PLAIN_TYPES else getattr(value, "__qualname__", type(value).__qualname__)
 
 
-def _restored(
-    kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...], text: tuple[str, ...]
-) -> CodeSnapshot:
-    """The snapshot of a module of that class in this process, if the text is the same."""
-    # Imported here because `reachability` imports this module.
-    from .reachability import read_forward
-
-    # The empty dict has no such item: the snapshot is never the same.
-    never_same = CodeSnapshot([({}, "", None)], module=(kind, settings, parameters))
-    if has_finalizer(kind):
-        return never_same
-    module = bare_module(kind, settings)
-    module.__dict__["_parameters"] = dict.fromkeys(parameters)
+def _restored(again: Callable[[], CodeSnapshot] | None, text: tuple[str, ...]) -> CodeSnapshot:
+    """The snapshot taken in this process, if the text is the same."""
     with contextlib.suppress(NotTriable):
-        snapshot = read_forward(module, gradients=True, every_dtype=True)[1]
-        if snapshot.text() == text:
+        snapshot = None if again is None else again()
+        if snapshot is not None and snapshot.text() == text:
             return snapshot
-    return never_same
+    # The empty dict has no such item: the snapshot is never the same.
+    return CodeSnapshot([({}, "", None)], again=again)
 
 
 def has_finalizer(kind: type) -> bool:

@@ -12,6 +12,7 @@ import copy
 import functools
 import linecache
 import types
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,9 +41,28 @@ class Definition(NamedTuple):
     imports: tuple[ast.stmt, ...]
 
 
+# The trees of functions that are in no file.
+_trees: "weakref.WeakKeyDictionary[types.FunctionType, ast.FunctionDef]" = weakref.WeakKeyDictionary()
+
+
+def set_tree(function: types.FunctionType, tree: ast.FunctionDef) -> None:
+    """Gives a function that was compiled from a tree, and is in no file, the tree for its source."""
+    _trees[function] = tree
+
+
+def tree_of(function: types.FunctionType) -> ast.FunctionDef | None:
+    """The `def` of a function, None without a usable source. The tree must not be changed."""
+    try:
+        return definition_of(function).tree
+    except NoSource:
+        return None
+
+
 @memoized
 def definition_of(function: types.FunctionType) -> Definition:
     """The `def` of a function, which compiles to the function's code. Raises `NoSource`."""
+    if function in _trees:
+        return Definition(_trees[function], (), ())
     code = function.__code__
     try:
         lines = linecache.getlines(code.co_filename, function.__globals__)

@@ -15,6 +15,7 @@ from ... import ops
 from ... import recompute as recomputing
 from ...autocast import is_autocast
 from ...functional.mlps import known_gated_mlp, known_mlp
+from ...levels import discards_outputs
 from ..attribute_loads import is_set
 from ..code.code_objects import has_type
 from ..rules.in_place import out_of_place, writes_over
@@ -64,9 +65,10 @@ def mlp(
     input: Tensor, first: Linear, act: Any, last: Linear, activation: str, p: float, recompute: str
 ) -> Results | None:
     # The output that eager torch saves is saved by the last layer anyway.
-    in_place = has_type(act, nn.Module) and is_set(act, "inplace")
-    if recompute == "block" and activation in (_BY_RESULT_IN_PLACE if in_place else _BY_RESULT):
-        return None
+    if not discards_outputs(recompute):
+        in_place = has_type(act, nn.Module) and is_set(act, "inplace")
+        if activation in (_BY_RESULT_IN_PLACE if in_place else _BY_RESULT):
+            return None
     recompute = level_for_weights(recompute, first)
     if (output := known_mlp(input, first, last, activation, p, recompute)) is not None:
         return [output]

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..code.memoization import memoized
 from ..code.scope import Scope
-from ..code.source import definition_of
+from ..code.source import definition_of, set_tree
 from ..code.straight_line import OPAQUE, Block, blocks, bound_names, is_dead
 from ..rules.gates import TriedGate, clamps_or_casts, gate_of_method, outline_of_method
 from .roles import GATE_RUN, Role, Roles
@@ -32,10 +32,6 @@ class GateRun(NamedTuple):
     end: int
     packed: str
     text: str
-
-
-# A run as a method, with its source.
-RunMethod = tuple[types.FunctionType, ast.FunctionDef]
 
 
 def gate_runs(function: ast.FunctionDef, block: Block, scope: Scope) -> Iterator[GateRun]:
@@ -91,7 +87,7 @@ def _loaded(tree: ast.expr, scope: Scope) -> set[str]:
 
 
 @memoized
-def _run_methods(function: types.FunctionType) -> dict[str, RunMethod]:
+def _run_methods(function: types.FunctionType) -> dict[str, types.FunctionType]:
     """The runs in a function that may be gates, by their text."""
     if not clamps_or_casts(function):
         return {}
@@ -101,18 +97,19 @@ def _run_methods(function: types.FunctionType) -> dict[str, RunMethod]:
     return {run.text: _run_method(function, run.text) for run in runs}
 
 
-def _run_method(function: types.FunctionType, text: str) -> RunMethod:
+def _run_method(function: types.FunctionType, text: str) -> types.FunctionType:
     module: Any = ast.parse(text)
     (code,) = [c for c in compile(module, "<run>", "exec").co_consts if isinstance(c, types.CodeType)]
     method = types.FunctionType(code, function.__globals__)
     # `memoized` decides by these names.
     method.__module__, method.__qualname__ = function.__module__, f"{function.__qualname__}.run"
-    return method, module.body[0]
+    set_tree(method, module.body[0])
+    return method
 
 
 def gate_run_roles(module: nn.Module, function: types.FunctionType) -> dict[str, Role]:
     """The roles of the runs that are gates, by their text."""
-    outlines = {text: outline_of_method(module, *run) for text, run in _run_methods(function).items()}
+    outlines = {text: outline_of_method(module, method) for text, method in _run_methods(function).items()}
     return {text: Role(GATE_RUN, values=(type(module), o)) for text, o in outlines.items() if o is not None}
 
 
@@ -122,5 +119,4 @@ def gate_of_run(function: types.FunctionType, run: GateRun, roles: Roles) -> Tri
     if role.kind != GATE_RUN or run.text not in (methods := _run_methods(function)):
         return None
     kind, outline = role.values
-    method, tree = methods[run.text]
-    return gate_of_method(kind, method, outline, tree)
+    return gate_of_method(kind, methods[run.text], outline)

@@ -80,7 +80,7 @@ def linear_operands(modules: Sequence[Any], input: Tensor) -> list[tuple[Tensor,
 
 
 def linear_operands_in_python(modules: Sequence[Any], input: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
-    """The same in Python, which also covers rare cases."""
+    """`linear_operands` in Python, which also covers rare cases."""
     pairs: list[tuple[Tensor, Tensor | None]] = []
     kind, transposed = None, False
     for module in modules:

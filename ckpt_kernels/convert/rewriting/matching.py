@@ -6,14 +6,15 @@ a norm, a dropout. The guards check at each call whether the loads still have th
 
 import ast
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..code.evaluation_order import in_evaluation_order, is_evaluated_first
 from ..code.straight_line import Binding, Half, Run
 from ..code.syntax_trees import index_parts, keeps_dimensions
 from ..rules.pointwise import KEPT_BY_OUTPUT
 from .formulas import formula_of
 from .fused_patterns import PATTERNS
-from .reader import Match, Operand, Reader, match_of
+from .reader import Operand, Reader
 from .roles import ADAPTED, Role
 from .templates import Pattern, kind_of
 
@@ -182,6 +183,20 @@ class Attempt:
         return True
 
 
+class Match(NamedTuple):
+    """An expression, `root`, that a pattern computes, with the operands in evaluation order.
+
+    `captured` are the operands that must not be evaluated again if the original expression runs: the one that is no
+    plain load, which is evaluated first, and the loads before that operand.
+    """
+
+    pattern: Pattern
+    root: ast.expr
+    operands: list[Operand]
+    captured: list[Operand]
+    attempt: Attempt
+
+
 def matches(reader: Reader, root: ast.expr, run: Run | None, begins: ast.expr) -> Iterator[Match]:
     """The matches of an expression, larger patterns first.
 
@@ -210,3 +225,33 @@ def attempts(
             yield attempt
         elif attempt.gates_views(pattern):
             yield attempt
+
+
+def match_of(reader: Reader, root: ast.expr, begins: ast.expr, pattern: Pattern, attempt: Attempt) -> Match | None:
+    """The match of an attempt, None if evaluating all operands first could change what the original code does.
+
+    `begins` is the expression that the original code evaluates first.
+    """
+    operands = attempt.operands
+    computed = [operand for operand in operands if not reader.is_plain(operand.tree)]
+    if len(computed) > 1 or len({operand.name for operand in operands}) != len(operands):
+        return None
+    if not computed:
+        return Match(pattern, root, operands, [], attempt)
+    if not is_evaluated_first(begins, computed[0].tree, reader.is_plain):
+        return None
+    # The original expression reads local names again, so that the computed operand must not rebind them.
+    if any(isinstance(node, ast.NamedExpr) for node in ast.walk(computed[0].tree)):
+        return None
+    before = []
+    for node in in_evaluation_order(begins):
+        operand = next((operand for operand in operands if operand.tree is node), None)
+        if operand is not None:
+            before.append(operand)
+        if operand is computed[0]:
+            break
+    else:
+        return None
+    rest = [operand for operand in operands if operand not in before]
+    captured = [operand for operand in before if not isinstance(operand.tree, ast.Name) or operand is computed[0]]
+    return Match(pattern, root, [*before, *rest], captured, attempt)

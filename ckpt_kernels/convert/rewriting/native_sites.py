@@ -16,7 +16,7 @@ from ..native_guards import ActivationGuard, ModuleGuard, SiteGuard
 from ..operands import GLOBAL_STATE
 from ..rules.pointwise import KEPT_BY_OUTPUT, NATIVE_ACTIVATIONS
 from .guards import LINEAR
-from .reader import Match
+from .matching import Match
 from .templates import Pattern, eager_saves_act_input
 
 _is_compiling = torch.compiler.is_compiling

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from ...levels import discards_outputs, runs_layers_again
 from ..code.code_objects import names_in
 from ..code.memoization import memoized
 from ..code.source import definition_of
@@ -39,11 +40,13 @@ _ACTIVATING = ((_NOTED, Role("noted", "activated sums")),)
 
 def noted_roles(function: types.FunctionType, recompute: str) -> tuple[tuple[str, Role], ...]:
     """The role without a load that a function has by its code; () for most functions."""
-    if recompute != "block" and adds_casts(function):
+    if not discards_outputs(recompute):
+        return ()
+    if adds_casts(function):
         return _ADDING
-    if recompute == "layer" and indexes_by_list(function):
+    if runs_layers_again(recompute) and indexes_by_list(function):
         return _INDEXING
-    return _ACTIVATING if recompute != "block" and calls_activation_of_sum(function) else ()
+    return _ACTIVATING if calls_activation_of_sum(function) else ()
 
 
 def adds_casts(function: types.FunctionType) -> bool:
@@ -117,5 +120,5 @@ def reasons_to_note(function: types.FunctionType, roles: Roles, recompute: str, 
     if recompute == "all" and "act" in kinds and _CASTS & names_in(function.__code__):
         yield "recipes of activations of casts"
     # Where linear layers run again, sums that a norm reads and concatenated heads can be recomputed too.
-    if recompute == "layer" and not IN_LAYERS.isdisjoint(kinds):
+    if runs_layers_again(recompute) and not IN_LAYERS.isdisjoint(kinds):
         yield "recipes of sums, products and concatenations"

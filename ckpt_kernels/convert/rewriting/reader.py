@@ -1,16 +1,11 @@
-"""Reading of expressions: the roles of loads, and whether a fused call keeps the evaluation order of the operands."""
+"""Reading of expressions: the roles of loads, and which loads are plain."""
 
 import ast
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from ..code.evaluation_order import in_evaluation_order, is_evaluated_first
 from ..code.scope import Scope
 from .aliases import view_names
 from .roles import Role, Roles
-from .templates import Pattern
-
-if TYPE_CHECKING:
-    from .matching import Attempt
 
 
 class Operand(NamedTuple):
@@ -18,20 +13,6 @@ class Operand(NamedTuple):
 
     name: str
     tree: ast.expr
-
-
-class Match(NamedTuple):
-    """An expression, `root`, that a pattern computes, with the operands in evaluation order.
-
-    `captured` are the operands that must not be evaluated again if the original expression runs: the one that is no
-    plain load, which is evaluated first, and the loads before that operand.
-    """
-
-    pattern: Pattern
-    root: ast.expr
-    operands: list[Operand]
-    captured: list[Operand]
-    attempt: "Attempt"
 
 
 class Reader:
@@ -62,33 +43,3 @@ class Reader:
         if isinstance(tree, ast.Constant):
             return True
         return isinstance(tree, ast.Attribute | ast.Subscript) and ast.unparse(tree) in self.roles
-
-
-def match_of(reader: Reader, root: ast.expr, begins: ast.expr, pattern: Pattern, attempt: "Attempt") -> Match | None:
-    """The match of an attempt, None if evaluating all operands first could change what the original code does.
-
-    `begins` is the expression that the original code evaluates first.
-    """
-    operands = attempt.operands
-    computed = [operand for operand in operands if not reader.is_plain(operand.tree)]
-    if len(computed) > 1 or len({operand.name for operand in operands}) != len(operands):
-        return None
-    if not computed:
-        return Match(pattern, root, operands, [], attempt)
-    if not is_evaluated_first(begins, computed[0].tree, reader.is_plain):
-        return None
-    # The original expression reads local names again, so that the computed operand must not rebind them.
-    if any(isinstance(node, ast.NamedExpr) for node in ast.walk(computed[0].tree)):
-        return None
-    before = []
-    for node in in_evaluation_order(begins):
-        operand = next((operand for operand in operands if operand.tree is node), None)
-        if operand is not None:
-            before.append(operand)
-        if operand is computed[0]:
-            break
-    else:
-        return None
-    rest = [operand for operand in operands if operand not in before]
-    captured = [operand for operand in before if not isinstance(operand.tree, ast.Name) or operand is computed[0]]
-    return Match(pattern, root, [*before, *rest], captured, attempt)

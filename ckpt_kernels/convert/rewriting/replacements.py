@@ -133,17 +133,12 @@ def _layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any
 def _is_moved_map(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the rows are the pixels of a contiguous map on the CPU, which has a kernel, and not only the bias is
     trained."""
-    if (
-        not input.is_cpu
-        or input.dim() < 3
-        or input.is_contiguous()
-        or type(input) is not Tensor
-        or 1 in input.shape[1:]
-    ):
+    if type(input) is not Tensor or not input.is_cpu or torch.compiler.is_compiling():
+        return False
+    if input.dim() < 3 or 1 in input.shape[1:] or input.is_contiguous() or not input.movedim(-1, 1).is_contiguous():
         return False
     is_trained = input.requires_grad or (weight is not None and weight.requires_grad)
-    is_map = type(input) is Tensor and not torch.compiler.is_compiling() and input.movedim(-1, 1).is_contiguous()
-    return is_map and (is_trained or bias is None or not bias.requires_grad)
+    return is_trained or bias is None or not bias.requires_grad
 
 
 @functools.wraps(theirs.rms_norm)

@@ -17,10 +17,9 @@ import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 
-from ...levels import level_of_blocks
+from ...levels import level_of_blocks, runs_layers_again
 from ..code.code_objects import has_type
 from ..code.memoization import memoized
 from ..code.scope import Scope
@@ -31,15 +30,15 @@ from ..code.wrapped_functions import check_wrapper
 from ..code.written_names import written_names
 from ..rules.gates import TriedGate, gate_at_site
 from ..rules.in_place import following_writes
-from . import noted_operations as noted
 from .branch_tails import move_into_branches
 from .callable_objects import replacing_call
+from .closure import Closure
 from .gate_runs import GateRun, gate_of_run, gate_runs
-from .matching import matches
+from .matching import Match, matches
 from .native_sites import native_site
 from .note_reasons import IN_LAYERS, is_indexed_by_list, permutes_dimensions, reasons_to_note
-from .noted_trees import DEFINITIONS, NotedTrees
-from .reader import Match, Operand, Reader
+from .noted_trees import DEFINITIONS, Notes
+from .reader import Operand, Reader
 from .replacements import FUNCTION_TYPES, NORMS, exchanging, layer_norm_of_rows, replacement_for
 from .result_list import condition_of, next_result
 from .roles import MethodRoles, Role, Roles, tried_act
@@ -70,23 +69,28 @@ def rewritten_method(method: types.FunctionType, roles: MethodRoles, recompute: 
     rewriter = _Rewriter(function, definition, dict(roles), recompute)
     body = rewriter.rewritten_body()
     fuses = bool(rewriter.descriptions)
-    if not fuses and rewriter.has_notes:
-        rewriter.descriptions += reasons_to_note(function, dict(roles), recompute, rewriter.multiplies)
+    if not fuses and rewriter.notes.are_there:
+        rewriter.descriptions += reasons_to_note(function, dict(roles), recompute, rewriter.notes.multiply)
     if not rewriter.descriptions:
         return None
     tree = copy.copy(definition.tree)
     tree.body = body
-    made = rebuilt(function, definition._replace(tree=tree), rewriter.cells)
+    made = rebuilt(function, definition._replace(tree=tree), rewriter.closure.values)
     for wrapper, wrapped in itertools.pairwise(chain):
         check_wrapper(wrapper, wrapped)
     return Rewritten(redecorated(chain, made), rewriter.descriptions, fuses, rewriter.has_norm)
 
 
-class _Rewriter(NotedTrees):
+class _Rewriter:
     """Rewrites the body of one function."""
 
     def __init__(self, function: types.FunctionType, definition: Definition, roles: Roles, recompute: str) -> None:
-        super().__init__(function, Scope(function, definition.tree), roles, recompute)
+        self.function = function
+        self.recompute = recompute
+        self.scope = Scope(function, definition.tree)
+        self.closure = Closure()
+        self._cell, self._mapped = self.closure.variable, self.closure.mapped
+        self.notes = Notes(function, self.scope, roles, recompute, self.closure)
         self.tree = copy.deepcopy(definition.tree)
         move_into_branches(self.tree, roles)
         self.reader = Reader(roles, self.scope, self.tree)
@@ -170,17 +174,17 @@ class _Rewriter(NotedTrees):
         changed: Any = with_changed_children(tree, self._rewrite)
         if isinstance(tree, ast.Call) and (role := self.reader.role(tree.func)).kind:
             changed.func = self._replaced_callee(tree, role)
-            if self.follows_writes and role.kind in ("act", "write") and not role.values:
+            if self.notes.follows_writes and role.kind in ("act", "write") and not role.values:
                 changed.func = self._mapped(changed.func, following_writes)
-            if self.recompute == "layer" and role.kind in IN_LAYERS:
-                return self._watched(tree, changed)
-        if self.recompute == "layer" and is_indexed_by_list(tree):
-            return self._watched(tree, changed)
-        return self._noted(changed)
+            if runs_layers_again(self.recompute) and role.kind in IN_LAYERS:
+                return self.notes.watched(tree, changed)
+        if runs_layers_again(self.recompute) and is_indexed_by_list(tree):
+            return self.notes.watched(tree, changed)
+        return self.notes.noted(changed)
 
     def _fused_expression(self, match: Match) -> ast.expr:
         captured = {id(operand.tree): next_result() for operand in match.captured}
-        original = self._with_notes(replaced(match.root, captured))
+        original = self.notes.with_notes(replaced(match.root, captured))
         condition = self._has_computed(match, match.root)
         result = at(match.root, next_result())
         result = after_lines(lines_without_code([match.root], condition, result), result)
@@ -228,18 +232,16 @@ class _Rewriter(NotedTrees):
             return callee
         is_local = role.kind == "local replacement"
         (known,) = role.values or ((self.scope.local_function if is_local else self.scope.value)(callee),)
-        if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in noted.NOTED_FUNCTIONS:
-            self.has_notes = True
-            self.multiplies = self.multiplies or known is torch.mul
-            watches = self.watches_sums and known is torch.add
-            return self._mapped(callee, exchanging(known, noted.noted_function(known, watches)))
+        noted = self.notes.noted_function(known) if has_type(known, FUNCTION_TYPES) else None
+        if noted is not None:
+            return self._mapped(callee, exchanging(known, noted))
         replacement = replacement_for(known, call)
         if replacement is None:
             return callee
         function, description = replacement
         # A norm of a map as it lies pays only where the function moves the channels back. Recipes of views of the norm
         # are found, and writes over them followed, only if the block's own output is the tensor that the model views.
-        if known is F.layer_norm and (self.follows_writes or not permutes_dimensions(self.function)):
+        if known is F.layer_norm and (self.notes.follows_writes or not permutes_dimensions(self.function)):
             function = layer_norm_of_rows
         self.has_norm = self.has_norm or (has_type(known, FUNCTION_TYPES) and known in NORMS)
         self.descriptions.append(description)

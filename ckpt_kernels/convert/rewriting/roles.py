@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...activations import FUNCTIONS as ACTIVATIONS
+from ...levels import runs_layers_again
 from ..attribute_loads import load_attribute
 from ..code.code_objects import has_type
 from ..code.straight_line import CHUNK
@@ -41,19 +42,31 @@ GATE_RUN = "gate run"
 class Role(NamedTuple):
     """The role of a load or a formula in a method.
 
-    `kind` is "linear", "act", "formula" (of an activation), "norm", "dropout", "F.dropout", "write" (an activation of
-    torch that writes over the input), "halves" (`torch.chunk`), "replacement" (a callee with a replacement), "local
-    replacement" (the same for a nested function), "object" (a callable object), "module" (any other module), "noted"
-    (no load: the name says why the operators of the method are noted, see `note_reasons`), "gate" (no load: the method
-    is a gate, with the `rules.gates.GateOutline` as values), "gate run" (no load: a run of statements is a gate, with
-    the module's class and the `GateOutline` as values), or "" (any other plain load).
+    Kinds of loads, and their values:
 
-    `name` is the name of an activation, or ADAPTED for a linear layer with an adapter. `needs_computed_input`: the
-    activation matches only if the pattern also computes its input: eager torch does not save that input, so that a user
-    may write to an input which exists outside. `values` are the functions and numbers with which a formula was
-    recognized, the function that is an activation by a trial, or the class, the name and the settings of a method that
-    is one, the module or function to be replaced, or the `__call__`
-    of an object and the roles in it. `is_exact`: whether the numbers in a formula hold in float64; rounded ones do not.
+    linear             a linear layer; its name is ADAPTED if an adapter is around the layer
+    act                an activation, by name. One that a trial recognised has values: the function; or of a method the
+                       class, the name and the settings
+    norm, dropout      a module
+    F.dropout          the function
+    write              a module, an activation of torch that writes over the input
+    halves             `torch.chunk`
+    replacement        a callee with a replacement. Value: the module or function
+    local replacement  the same for a nested function, without a value
+    object             a callable object. Values: the `__call__` of its class, and the roles in that
+    module             any other module
+    (empty)            any other plain load
+
+    Kinds without a load:
+
+    formula            an activation, by name. Values: the functions and numbers in the formula
+    noted              the operators of the method are noted, for the reason in the name (see `note_reasons`)
+    gate               the method is a gate. Values: those of the `rules.gates.GateOutline`
+    gate run           a run of statements is a gate. Values: the module's class, and the `GateOutline`
+
+    `needs_computed_input`: the activation matches only if the pattern also computes its input: eager torch does not
+    save that input, so that a user may write to an input which exists outside. `is_exact`: whether the numbers in a
+    formula hold in float64; rounded ones do not.
     """
 
     kind: str = ""
@@ -71,7 +84,7 @@ MethodRoles = tuple[tuple[str, Role], ...]
 def may_match_any(roles: Iterable[tuple[str, Role]], recompute: str = "output") -> bool:
     """Whether any rewrite is possible with these roles. The role "module" counts only for the level "layer"."""
     kinds = {role.kind for _, role in roles} - {""}
-    return bool(kinds if recompute == "layer" else kinds - {MODULE})
+    return bool(kinds if runs_layers_again(recompute) else kinds - {MODULE})
 
 
 def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:

@@ -8,8 +8,8 @@ from ..code.evaluation_order import is_evaluated_first
 from ..code.straight_line import Block, runs_ending_at
 from ..code.syntax_trees import assigns, copies, expressions_in
 from . import fused_patterns
-from .matching import attempts, matches
-from .reader import Match, Operand, Reader, match_of
+from .matching import Match, attempts, match_of, matches
+from .reader import Operand, Reader
 
 # The sums in the spellings of a norm of a sum.
 _SUMS = tuple(spelling.args[0] for spelling in fused_patterns.add_norm.spellings if isinstance(spelling, ast.Call))

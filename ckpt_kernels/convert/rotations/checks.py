@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...ops.operands import elementwise_empty
-from ..rules.trial import watching_saved_tensors
+from ..rules.trial import recording_saved_tensors
 from .forms import DtypesCase, Form, KnownForm, SupportedDtypes
 from .trial_runs import Arrangement, Trial, are_close, reference_result
 
@@ -128,7 +128,7 @@ def _saves_tables(trial: Trial, heads: Sequence[Tensor], *tables: Tensor) -> Ite
         if arguments is None or passed is None:
             yield False, False
             continue
-        with watching_saved_tensors() as is_saved:
+        with recording_saved_tensors() as is_saved:
             results = trial.run_with_tables([h.detach().requires_grad_() for h in heads], arguments)
         # Results hold the saved tensors. Without results the memory is free, and an address says nothing.
         cos, sin = (results is not None and is_saved(table) for table in passed)

@@ -20,12 +20,21 @@ from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS
 from ..attribute_loads import loads_plainly, plain_loads
 from ..code.call_graph import belongs_to_torch
+from ..code.code_objects import has_type
 from ..code.memoization import memoized, memoized_for_good
-from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, has_custom_gradient, is_unchanged
+from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes, is_unchanged
 from ..code.settings import Settings, bare_module
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 from ..wrappers import original_method
-from .trial import POINTWISE, Outline, counting_saved_tensors, in_own_thread, result_of, takes_one_argument
+from .trial import (
+    POINTWISE,
+    Outline,
+    count_apart,
+    in_own_thread,
+    recording_saved_storages,
+    result_of,
+    takes_one_argument,
+)
 
 
 class TrialResult(NamedTuple):
@@ -56,7 +65,9 @@ class TrialResult(NamedTuple):
 def activation_of_module(outline: Outline) -> TrialResult:
     """The activation that the module with this outline computes."""
     forward = functools.partial(outline.forward, outline.stand_in(torch.float64))
-    return tried_activation(forward, has_custom_gradient(outline.code.dependencies))
+    holders = (holder for holder, _, _ in outline.code.dependencies)
+    has_function = any(has_type(holder, type) and issubclass(holder, torch.autograd.Function) for holder in holders)
+    return tried_activation(forward, has_function)
 
 
 class TriedFunction(NamedTuple):
@@ -77,7 +88,8 @@ class TriedFunction(NamedTuple):
 
 
 class TriedMethod(NamedTuple):
-    """The same for a method of a class, `name`, which reads these settings of the module."""
+    """A method `name` of a class, the settings of the module that the method reads, the result of its trial, and all
+    code and globals that the method reaches."""
 
     kind: type[nn.Module]
     name: str
@@ -169,14 +181,13 @@ def tried_activation(function: Callable[[Tensor], Any], has_function: bool = Fal
     return activation_by_trial(compute, has_function)
 
 
-@in_own_thread
 def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool = False) -> TrialResult:
-    """The activation that equals a function of one tensor in values and derivative.
+    """The activation that equals a function of one tensor in values and derivative. Callers run in their own thread.
 
     With `has_function` the gradient comes from an `autograd.Function` whose code was read, and must be linear in the
     incoming one: the derivative times the incoming gradient, and nothing else.
     """
-    with counting_saved_tensors() as saved:
+    with recording_saved_storages() as saved:
         points = sample_points()
         input = points.clone().requires_grad_()
         values = compute(input)
@@ -193,10 +204,11 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
             other = points.clone().requires_grad_()
             expected = ACTIVATIONS[name](other)
             (expected_slopes,) = torch.autograd.grad(expected.sum(), other)
-            # Formulas with rounded constants differ by less than a rounding in float32.
-            if _are_close(values, expected, 1e-7) and _are_close(slopes, expected_slopes, 1e-6, 1):
+            # Formulas with rounded constants differ by less than a rounding in float32. Derivatives may differ at one
+            # point: at 0, where relu has a kink.
+            if not count_apart(values, expected, 1e-7) and count_apart(slopes, expected_slopes, 1e-6) <= 1:
                 # Exact formulas differ by 25 roundings in float64 at most.
-                is_exact = _are_close(values, expected, 1e-14) and _are_close(slopes, expected_slopes, 1e-14, 1)
+                is_exact = not count_apart(values, expected, 1e-14) and count_apart(slopes, expected_slopes, 1e-14) <= 1
                 return TrialResult(name, keeps_input, is_exact, len(others) > 1)
     return TrialResult()
 
@@ -213,11 +225,6 @@ def _is_gradient_linear(values: Tensor, input: Tensor) -> bool:
         torch.allclose(result_of(gradient, incoming, POINTWISE), incoming * slopes, rtol=1e-9, atol=0)
         for incoming in (scales, -scales, scales.flip(0))
     )
-
-
-def _are_close(values: Tensor, expected: Tensor, bound: float, exceptions: int = 0) -> bool:
-    """Whether all but that many points agree. Derivatives may differ at one point: at 0, where relu has a kink."""
-    return int((~torch.isclose(values, expected, rtol=bound, atol=bound)).sum()) <= exceptions
 
 
 def sample_points() -> Tensor:

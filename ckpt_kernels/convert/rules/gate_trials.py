@@ -17,7 +17,7 @@ from ...activations import NAMES
 from ...backends import reference
 from ...ops.glu import LAYOUTS, unpack
 from .activation_trials import contains_function, sample_points
-from .trial import GATES, InputRefused, in_own_thread, result_of, watching_saved_tensors
+from .trial import GATES, InputRefused, count_apart, in_own_thread, recording_saved_tensors, result_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The numbers of columns and the leading sizes of the tensors in a trial.
@@ -154,8 +154,8 @@ class _Comparison(NamedTuple):
         """Whether results and gradients agree but for these bounds. A gradient may differ where a gate is 0, at the
         kink of relu."""
         pairs = zip(self.results, self.expected, bounds, strict=True)
-        differ = [int((~torch.isclose(r.double(), e, rtol=bound, atol=bound)).sum()) for r, e, bound in pairs]
-        return differ[0] == 0 and differ[1] <= 2
+        of_results, of_gradients = (count_apart(*pair) for pair in pairs)
+        return of_results == 0 and of_gradients <= 2
 
 
 def _compared(compute: Function, form: GateForm, packed: Tensor) -> _Comparison | None:
@@ -163,7 +163,7 @@ def _compared(compute: Function, form: GateForm, packed: Tensor) -> _Comparison 
     tensor."""
     input = packed.clone().requires_grad_()
     try:
-        with watching_saved_tensors() as is_saved:
+        with recording_saved_tensors() as is_saved:
             output = compute(input)
     except InputRefused:
         return None

@@ -1,9 +1,9 @@
 """Gates of the two halves of a tensor in a method or a function of one tensor, such as `_apply_gate(gate_up)` of
 GPT-OSS, which are recognised by a trial (see `gate_trials`)."""
 
-import ast
+import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -84,8 +84,8 @@ class TriedGate(NamedTuple):
 class _GateReader(SizeIndependentReader):
     """Reads code that may take halves of a tensor, call activations among the module's children, and name numbers."""
 
-    def __init__(self, module: nn.Module, trees: Mapping[types.FunctionType, ast.FunctionDef]) -> None:
-        super().__init__(module, _NAMES, trees)
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, _NAMES)
         self.activations: dict[str, str] = {}
         self._constants: list[Any] = []
 
@@ -142,28 +142,23 @@ def clamps_or_casts(function: types.FunctionType) -> bool:
     return not _CLAMPS_OR_CASTS.isdisjoint(names_in(function.__code__))
 
 
-def outline_of_method(
-    module: nn.Module, method: types.FunctionType, tree: ast.FunctionDef | None = None
-) -> GateOutline | None:
-    """The parts of the module that a method reads; None if the method must not be tried, or is no gate.
-
-    `tree` is the source of a method that was made of a part of another one, and so is in no file.
-    """
+def outline_of_method(module: nn.Module, method: types.FunctionType) -> GateOutline | None:
+    """The parts of the module that a method reads; None if the method must not be tried, or is no gate."""
     if not may_be_gate(method, 1):
         return None
     try:
-        outline = _outline(module, method, tree)
+        outline = _outline(module, method)
     except NotTriable:
         return None
-    return None if gate_of_method(type(module), method, outline, tree) is None else outline
+    return None if gate_of_method(type(module), method, outline) is None else outline
 
 
-def _outline(module: nn.Module, method: types.FunctionType, tree: ast.FunctionDef | None = None) -> GateOutline:
+def _outline(module: nn.Module, method: types.FunctionType) -> GateOutline:
     """The parts of the module that a method reads. Raises `NotTriable`."""
     kind = type(module)
     if has_finalizer(kind):
         raise NotTriable("has a finalizer, which a trial would run")
-    reader = _read(module, method, tree)
+    reader = _read(module, method)
     if not loads_plainly(kind, *reader.settings) or not only_instances_define(kind, *reader.activations):
         raise NotTriable("loads its attributes by code of its class")
     return GateOutline(tuple(sorted(reader.settings.items())), tuple(sorted(reader.activations.items())))
@@ -181,21 +176,17 @@ def why_no_gate(module: nn.Module) -> str:
     return result if isinstance(result, str) else ""
 
 
-def gate_of_method(
-    kind: type[nn.Module], method: types.FunctionType, outline: GateOutline, tree: ast.FunctionDef | None = None
-) -> TriedGate | None:
+def gate_of_method(kind: type[nn.Module], method: types.FunctionType, outline: GateOutline) -> TriedGate | None:
     """The gate that a method of modules of that class computes, by a trial with a stand-in."""
-    result = _tried_method(kind, method, outline, tree)
+    result = _tried_method(kind, method, outline)
     return None if isinstance(result, str) else result
 
 
 @memoized
-def _tried_method(
-    kind: type[nn.Module], method: types.FunctionType, outline: GateOutline, tree: ast.FunctionDef | None = None
-) -> TriedGate | str:
+def _tried_method(kind: type[nn.Module], method: types.FunctionType, outline: GateOutline) -> TriedGate | str:
     module = bare_module(kind, outline.settings)
     module._modules.update((child, _Activation(activation)) for child, activation in outline.activations)
-    return _tried(module, method, lambda packed: method(module, packed), outline, tree)
+    return _tried(module, method, functools.partial(method, module), outline)
 
 
 @memoized
@@ -207,23 +198,19 @@ def gate_of_function(function: Any) -> TriedGate | None:
     return None if isinstance(result, str) else result
 
 
-def _read(module: nn.Module, function: types.FunctionType, tree: ast.FunctionDef | None = None) -> _GateReader:
-    reader = _GateReader(module, {} if tree is None else {function: tree})
+def _read(module: nn.Module, function: types.FunctionType) -> _GateReader:
+    reader = _GateReader(module)
     reader.read_function(function)
     reader.read_modules()
     return reader
 
 
 def _tried(
-    module: nn.Module,
-    read: types.FunctionType,
-    compute: Callable[[Tensor], Tensor],
-    outline: GateOutline,
-    tree: ast.FunctionDef | None = None,
+    module: nn.Module, read: types.FunctionType, compute: Callable[[Tensor], Tensor], outline: GateOutline
 ) -> TriedGate | str:
     """The gate that a method or a function computes, or why none."""
     try:
-        reader = _read(module, read, tree)
+        reader = _read(module, read)
         trial = gate_by_trial(compute, reader.numbers)
     except NotTriable as error:
         return str(error)

@@ -1,8 +1,13 @@
-"""The shapes of the inputs on which norms are tried."""
+"""The inputs on which norms are tried: their shapes, and such strides that an output may have them too."""
 
 import itertools
 import math
+from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
+from ..code.snapshots import NotTriable
 from .trial import Outline
 
 # The numbers of dimensions of the inputs over whose rows norms are tried.
@@ -30,6 +35,22 @@ def _row_shape(columns: int, count: int, sizes: tuple[int, ...]) -> tuple[int, .
     lead = sizes[: count - 2]
     rows = -(-_ELEMENTS // (columns * math.prod(lead)))
     return *lead, max(sizes[0] + 2, rows), columns
+
+
+def keeps_strides(compute: Callable[[Tensor], Tensor], sizes: tuple[int, ...], channels_first: bool) -> bool:
+    """Whether the output of transposed rows, or of a map whose channels are last, has the strides of the input.
+
+    Raises `NotTriable` for strides that are neither these nor contiguous.
+    """
+    if channels_first:
+        samples, channels, *space = sizes
+        input = torch.ones((samples, *space, channels), device="cpu").movedim(-1, 1)
+    else:
+        input = torch.ones(sizes, device="cpu").transpose(0, 1)
+    output = compute(input)
+    if not output.is_contiguous() and output.stride() != input.stride():
+        raise NotTriable("returns strides that none of our norms returns")
+    return not output.is_contiguous()
 
 
 def spatial_dimensions(outline: Outline) -> int:

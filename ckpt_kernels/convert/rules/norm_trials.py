@@ -27,8 +27,7 @@ from ..operands import has_forward_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import NORMS, has_name_of_norm_or_activation, looks_like_norm
 from .norm_accuracy import are_as_exact, are_close
-from .norm_inputs import ROW_DIMENSIONS, input_shapes, spatial_dimensions
-from .norm_strides import keeps_channels_last, keeps_transposed
+from .norm_inputs import ROW_DIMENSIONS, input_shapes, keeps_strides, spatial_dimensions
 from .norms import Case, Dtypes, Norm, RowNorm
 from .trial import (
     CHANNELS,
@@ -37,9 +36,9 @@ from .trial import (
     Outline,
     in_own_thread,
     outline_of,
+    recording_saved_tensors,
     result_of,
     takes_one_argument,
-    watching_saved_tensors,
 )
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -145,8 +144,7 @@ def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
     wide = case._replace(keeps_data=_keeps_input(outline, rule, _WIDE, requires_grad=False))
     module, first = outline.stand_in(torch.float32), rule.channels_first
     sizes = input_shapes(outline, first, rule.dimensions if first else (3,))[0]
-    keeps = keeps_channels_last if first else keeps_transposed
-    strided = keeps(functools.partial(_output_of, module, first), sizes)
+    strided = keeps_strides(functools.partial(_output_of, module, first), sizes, first)
     return replace(options[best], cases=(wide, *cases[best]), strided=strided)
 
 
@@ -202,7 +200,7 @@ def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes, requires_grad:
     module = outline.stand_in(dtypes[1])
     input = torch.zeros(_shapes_for(outline, rule)[0], dtype=dtypes[0], device="cpu")
     input.requires_grad_(requires_grad)
-    with watching_saved_tensors() as is_saved:
+    with recording_saved_tensors() as is_saved:
         _output_of(module, rule.channels_first, input)
     return is_saved(input)
 
@@ -216,7 +214,7 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
 
 
 def _agrees_or_refuses(outline: Outline, rule: RowNorm) -> bool:
-    """The same; raises `InputRefused` if the module takes other inputs."""
+    """As `_agrees`, but raises `InputRefused` if the module takes other inputs."""
     ((dtypes, *_),) = rule.cases or ()
     generator = torch.Generator("cpu").manual_seed(0)
     # One input has usual values, the other such small ones that the place of eps shows, in float32 at least.

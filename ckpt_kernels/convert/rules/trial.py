@@ -116,7 +116,7 @@ class TrialMode(TorchDispatchMode):
         return False
 
 
-class _AllowedOperations(TrialMode):
+class _OperationsByName(TrialMode):
     """Ends the trial at any operation that is not `allowed`, and at any reduction over other dimensions than
     `dimensions`. Parts of dimensions and clamps count only `of_parts`."""
 
@@ -186,15 +186,20 @@ def in_own_thread(trial: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
+def count_apart(results: Tensor, expected: Tensor, bound: float) -> int:
+    """The number of elements that differ from the expected ones in float64 by more than this bound."""
+    return int((~torch.isclose(results.double(), expected, rtol=bound, atol=bound)).sum())
+
+
 @contextlib.contextmanager
-def watching_saved_tensors() -> Iterator[Callable[[Tensor], bool]]:
+def recording_saved_tensors() -> Iterator[Callable[[Tensor], bool]]:
     """A context with a function that tells whether autograd has saved the storage of a tensor within the context."""
-    with counting_saved_tensors() as storages:
+    with recording_saved_storages() as storages:
         yield lambda tensor: tensor.untyped_storage()._cdata in storages
 
 
 @contextlib.contextmanager
-def counting_saved_tensors() -> Iterator[set[int]]:
+def recording_saved_storages() -> Iterator[set[int]]:
     """A context with the addresses of the storages that autograd has saved within the context."""
     storages: set[int] = set()
 
@@ -219,7 +224,7 @@ def result_of(
     the result is no tensor.
     """
     try:
-        with _AllowedOperations(allowed, dimensions, of_parts), _AllowedCalls():
+        with _OperationsByName(allowed, dimensions, of_parts), _AllowedCalls():
             output = function(input)
     except NotTriable:
         raise

@@ -1,0 +1,177 @@
+"""The recomputation of checkpointed layers finds the state of the forward pass: random numbers, buffers, autocast."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels.runs import is_repeating
+
+from .test_runs import TREES, WIDTH, Tree, flat, inputs, made
+from .test_runs_again import NESTED, ONE, FunctionLayer, by_tree, derived
+
+
+@pytest.mark.parametrize("name", ("nested", "deeply"))
+def test_autocast_within_nested_runs(name: str) -> None:
+    def run(tree: Tree) -> list[Tensor]:
+        net, x = made(tree), inputs()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = net(x)
+        return list(torch.autograd.grad(output.float().square().sum(), [x, *net.parameters()]))
+
+    assert all(map(torch.equal, run(flat(TREES[name])), run(TREES[name])))
+
+
+def test_statistics_within_nested_runs() -> None:
+    def run(tree: Tree) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = by_tree([nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)) for _ in range(3)], tree)
+        return [*derived(net), *net.buffers()]
+
+    assert all(map(torch.equal, run(flat(NESTED)), run(NESTED)))
+
+
+class Counter(nn.Module):
+    """A layer that writes to a buffer and reads the buffer."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("state", torch.ones(size, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.state += 1.0
+        return self.linear(x * self.state[0]).sin() * self.state[0]
+
+
+class NormedCounter(Counter):
+    """Reads the buffer in an op with a recipe, whose operands must have no new version."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.state += 1.0
+        return self.linear(nn.functional.gelu(self.norm(x)) / self.state[0])
+
+
+def counted(level: str, size: int, kind: type[Counter] = Counter) -> list[Tensor]:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(kind(size), kind(size)), inputs()
+    ckpt_kernels.convert(net, recompute={"?": level})
+    return [*torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()]), *net.buffers()]
+
+
+def test_buffers_that_a_layer_writes_to_and_reads() -> None:
+    for kind in (Counter, NormedCounter):
+        torch.testing.assert_close(counted("none", 1, kind), counted("checkpoint", 1, kind))
+    with pytest.raises(RuntimeError, match=r"a buffer of a checkpointed layer, .* \(8192, 16\), was modified"):
+        counted("checkpoint", 8192)
+
+
+@pytest.mark.parametrize("every", (1, 2))
+@pytest.mark.parametrize(
+    "kind", ("torch", "python", "numpy", "normal", "own", "own of python", "own of numpy", "old of numpy")
+)
+def test_random_numbers_of_all_generators(kind: str, every: int) -> None:
+    """If `every` is 2, every second layer draws a number, and so does the code behind each layer."""
+    numpy = pytest.importorskip("numpy")
+
+    class Noisy(nn.Module):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+            self.linear, self.generator = nn.Linear(WIDTH, WIDTH), generator_of_kind()
+            if every == 2:
+                self.register_forward_hook(lambda *given: None if is_repeating() else draw(self.generator) and None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            factor = draw(self.generator) if self.number % every == 0 else 1.5
+            return self.linear((x * factor).sin())
+
+    def generator_of_kind() -> Any:
+        if kind == "own of python":
+            return random.Random(3)
+        if kind == "own of numpy":
+            return numpy.random.default_rng(3)
+        return numpy.random.RandomState(3) if kind == "old of numpy" else torch.Generator().manual_seed(3)
+
+    def draw(generator: Any) -> Any:
+        if kind in ("torch", "own"):
+            return torch.rand((), generator=generator if kind == "own" else None)
+        if "of" in kind:
+            return generator.gauss(0, 1) if kind == "own of python" else generator.standard_normal()
+        if kind == "python":
+            return random.random()
+        # Of two normal numbers made together numpy holds the second back.
+        return float(numpy.random.rand() if kind == "numpy" else numpy.random.standard_normal())
+
+    def run(tree: Tree) -> list[Tensor]:
+        torch.manual_seed(0)
+        random.seed(0)
+        numpy.random.seed(0)
+        net = by_tree([Noisy(number) for number in range(3)], tree)
+        return [*derived(net), torch.as_tensor(draw(net.layers[0].generator))]
+
+    for tree in (Tree(["none"] * 3), NESTED):
+        assert all(map(torch.equal, run(flat(tree)), run(tree)))
+
+
+def test_a_layer_may_put_the_state_of_a_generator_back() -> None:
+    def function(self: FunctionLayer, x: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            factor = torch.rand(())
+        return self.linear(x * factor).sin()
+
+    def run(tree: Tree) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = by_tree([FunctionLayer(function) for _ in range(3)], tree)
+        output = net(inputs())
+        torch.rand(3)
+        return list(torch.autograd.grad(output.square().sum(), list(net.parameters())))
+
+    assert all(map(torch.equal, run(flat(NESTED)), run(NESTED)))
+
+
+def test_a_generator_of_a_later_layer_is_restored() -> None:
+    """The layer before draws nothing, and holds no generator."""
+
+    def drawing(self: FunctionLayer, x: Tensor) -> Tensor:
+        return self.linear(x * torch.rand(WIDTH, generator=self.own)).sin()
+
+    def run(tree: Tree) -> list[Tensor]:
+        torch.manual_seed(0)
+        layers = [FunctionLayer(lambda self, x: self.linear(x).sin()), FunctionLayer(drawing)]
+        layers[1].own = torch.Generator().manual_seed(3)
+        return [*derived(by_tree(layers, tree)), torch.rand((), generator=layers[1].own)]
+
+    assert all(map(torch.equal, run(flat(ONE)), run(ONE)))
+
+
+def test_the_dtype_of_autocast_is_restored() -> None:
+    def run(tree: Tree) -> list[Tensor]:
+        net, x = made(tree), inputs()
+        with torch.autocast("cpu", torch.float16):
+            output = net(x)
+        return list(torch.autograd.grad(output.float().square().sum(), [x, *net.parameters()]))
+
+    assert all(map(torch.equal, run(flat(NESTED)), run(NESTED)))
+
+
+def test_the_recomputation_uses_the_backend_of_the_forward() -> None:
+    def run(tree: Tree) -> list[Tensor]:
+        torch.manual_seed(0)
+        layers = (nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
+        net, x = by_tree(list(layers), tree), inputs()
+        with ckpt_kernels.use_backend("reference"):
+            output = net.layers[1](net.layers[0](x))
+        return list(torch.autograd.grad(output.square().sum(), [x, *net.parameters()]))
+
+    for tree in (Tree(["output"] * 2), Tree([["output"] * 2])):
+        assert all(map(torch.equal, run(flat(tree)), run(tree)))
