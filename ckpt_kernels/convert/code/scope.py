@@ -47,10 +47,25 @@ class Scope:
         if isinstance(tree, ast.Name):
             return self._name(tree.id)
         if isinstance(tree, ast.Attribute):
+            if isinstance(tree.value, ast.Call):
+                return self._of_super(tree.value, tree.attr)
             return _attribute(self.value(tree.value), tree.attr)
         if isinstance(tree, ast.Subscript) and isinstance(tree.slice, ast.Constant):
             return _item(self.value(tree.value), tree.slice.value)
         return UNKNOWN
+
+    def _of_super(self, call: ast.Call, name: str) -> Any:
+        """What `super().name` or `super(Class, self).name` is bound from, found without running code."""
+        if self.value(call.func) is not super or call.keywords or not self.self_name:
+            return UNKNOWN
+        if call.args and [ast.unparse(argument) for argument in call.args[1:]] != [self.self_name]:
+            return UNKNOWN
+        owner = self.value(call.args[0] if call.args else ast.Name("__class__", ast.Load()))
+        bases = type(self._module).__mro__
+        if owner not in bases:
+            return UNKNOWN
+        later = (vars(base) for base in bases[bases.index(owner) + 1 :])
+        return next((names[name] for names in later if name in names), UNKNOWN)
 
     def local_function(self, tree: ast.AST) -> Any:
         """The function behind a local name that is bound once, by a `def` or by an import from a loaded module.

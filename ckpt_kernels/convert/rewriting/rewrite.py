@@ -41,9 +41,10 @@ from .noted_trees import DEFINITIONS, Notes
 from .reader import Operand, Reader
 from .replacements import FUNCTION_TYPES, NORMS, exchanging, layer_norm_of_rows, replacement_for
 from .result_list import condition_of, next_result
-from .roles import MethodRoles, Role, Roles, tried_act
+from .roles import SUPER_NORM, MethodRoles, Role, Roles, tried_act
 from .run_lines import after_lines, lines_without_code, loaded_early, passed
 from .run_matching import rank, run_matches
+from .super_norms import exchanging_super, norm_of_super
 from .templates import guarded_call
 
 
@@ -228,6 +229,10 @@ class _Rewriter:
         callee = call.func
         if role.kind == "object":
             return self._replaced_object(callee, *role.values)
+        if role.kind == SUPER_NORM:
+            (forward,) = role.values
+            self.descriptions.append(str(norm_of_super(forward)))
+            return self._mapped(callee, exchanging_super(forward))
         if len(role.values) > 1:  # a method, which is rewritten itself
             return callee
         is_local = role.kind == "local replacement"

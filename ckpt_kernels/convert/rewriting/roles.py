@@ -28,6 +28,7 @@ from ..swap import original_of, rule_of
 from .guards import is_linear
 from .noted_operations import NOTED_FUNCTIONS
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
+from .super_norms import norm_of_super
 
 # The name in the role of a linear layer with an adapter around it.
 ADAPTED = "adapted"
@@ -37,6 +38,8 @@ MODULE = "module"
 GATE = "gate"
 # The kind of a run of statements that does.
 GATE_RUN = "gate run"
+# The kind of `super().forward` in a subclass of a norm of torch.
+SUPER_NORM = "super norm"
 
 
 class Role(NamedTuple):
@@ -54,6 +57,7 @@ class Role(NamedTuple):
     replacement        a callee with a replacement. Value: the module or function
     local replacement  the same for a nested function, without a value
     object             a callable object. Values: the `__call__` of its class, and the roles in that
+    super norm         `super().forward`, that of a norm of torch. Value: the function
     module             any other module
     (empty)            any other plain load
 
@@ -110,6 +114,8 @@ def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:
         return Role("replacement", values=(value,)) if is_act else Role(MODULE)
     if not has_type(value, FUNCTION_TYPES):
         return Role()
+    if norm_of_super(value) is not None:
+        return Role(SUPER_NORM, values=(value,))
     if value is F.dropout:
         return Role("F.dropout")
     if value is CHUNK:

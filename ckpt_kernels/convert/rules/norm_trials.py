@@ -44,7 +44,7 @@ from .trial import (
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # The rules for torch's own norms.
-_RULES: dict[type[nn.Module], Norm] = {
+TORCH_NORMS: dict[type[nn.Module], Norm] = {
     nn.LayerNorm: RowNorm(True, "weight", "bias", "eps"),
     nn.RMSNorm: RowNorm(False, "weight", "", "eps"),
     nn.GroupNorm: GroupNorm(),
@@ -54,7 +54,7 @@ _RULES: dict[type[nn.Module], Norm] = {
 # The attributes that their forwards read.
 _READ = """affine bias elementwise_affine eps momentum normalized_shape num_batches_tracked num_channels num_features
     num_groups process_group running_mean running_var track_running_stats training weight""".split()
-_OURS = tuple(getattr(ours, kind.__name__) for kind in _RULES)
+_OURS = tuple(getattr(ours, kind.__name__) for kind in TORCH_NORMS)
 
 # The smallest values tried. F.normalize, which bounds the norm at 1e-12 where an eps would be added, agrees with ours
 # above.
@@ -79,7 +79,7 @@ def norm_of(module: nn.Module, name: str = "") -> tuple[Norm | None, str]:
     has been tried and has the name of one in the model."""
     if isinstance(module, _OURS):
         return None, ""
-    for kind, rule in _RULES.items():
+    for kind, rule in TORCH_NORMS.items():
         if isinstance(module, kind) and has_forward_of(type(module), kind):
             is_plain = loads_plainly(type(module), *_READ)
             return (rule, "") if is_plain else (None, "computes the settings that its forward reads")

@@ -1,0 +1,32 @@
+"""Calls of `super().forward` in subclasses of torch's norms, such as `super().forward(x.float()).type(x.dtype)`."""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+from ..code.code_objects import has_type
+from ..rules.norm_trials import TORCH_NORMS
+from ..rules.norms import Norm
+from ..torch_patches import are_patched
+
+# By their forwards, as they were when this package was imported: a user may patch them later.
+_RULES: dict[Callable[..., Any], tuple[type, Norm]] = {kind.forward: (kind, rule) for kind, rule in TORCH_NORMS.items()}
+
+
+def norm_of_super(function: Any) -> Norm | None:
+    """The rule of torch's norm with this forward."""
+    is_function = has_type(function, types.FunctionType)
+    return _RULES[function][1] if is_function and function in _RULES else None
+
+
+def exchanging_super(forward: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A function that maps the bound `forward` of a norm to the fused norm, and any other callee to itself."""
+    kind, rule = _RULES[forward]
+    fused = rule.methods(kind)["forward"]
+
+    def exchange(called: Any) -> Any:
+        is_known = type(called) is types.MethodType and called.__func__ is forward and not are_patched()
+        return functools.partial(fused, called.__self__) if is_known else called
+
+    return exchange

@@ -1,0 +1,158 @@
+"""Subclasses of torch's norms that call `super().forward`."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+
+from .conversion import WIDTH, close, kept, random_tensor, reason_of, replacement_of, results_of, twins
+
+
+class GroupNorm32(nn.GroupNorm):
+    """As in many diffusion models."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type(x.dtype)
+
+
+class BatchNorm32(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x.float())
+        return y.to(x.dtype)
+
+
+class InstanceNorm32(nn.InstanceNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super(InstanceNorm32, self).forward(x.float()).type(x.dtype)  # noqa: UP008
+
+
+class ScaledLayerNorm(nn.LayerNorm):
+    """Two results of the norm are used, so that a trial as a whole finds no norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + 0.5 * y.tanh()
+
+
+# By name: the norm, what it computes with, and the kept bytes at "output" as a fraction of eager torch's.
+NORMS: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
+    "group": (lambda: GroupNorm32(4, WIDTH), "group_norm", 0.52),
+    "batch": (lambda: BatchNorm32(WIDTH), "batch_norm", 0.52),
+    "instance": (lambda: InstanceNorm32(WIDTH, affine=True), "instance_norm", 0.53),
+    "layer": (lambda: ScaledLayerNorm(8), "layer_norm", 1.0),
+}
+
+
+def between(norm: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1), norm, nn.Conv2d(WIDTH, WIDTH, 1))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_the_norm_of_super_is_fused(name: str) -> None:
+    make, by, share = NORMS[name]
+    model, twin = twins(lambda: between(make()))
+    x = random_tensor(4, WIDTH, 8, 8)
+    eager = kept(twin, x) - x.nbytes
+    for level, bound in (("block", 1.0), ("output", share), ("all", share)):
+        report = ckpt_kernels.convert(model, recompute=level)
+        assert replacement_of(report, "1") == by and reason_of(report, "1") is None
+        assert close(results_of(model, x), results_of(twin, x))
+        assert kept(model, x) - x.nbytes <= (bound + 0.01) * eager
+    assert isinstance(pickle.loads(pickle.dumps(model))[1], type(twin[1]))
+
+
+def test_running_statistics_move_as_often() -> None:
+    model, twin = twins(lambda: BatchNorm32(WIDTH))
+    ckpt_kernels.convert(model, inputs=random_tensor(4, WIDTH, 8, 8))
+    for each in (model, twin):
+        results_of(each, random_tensor(4, WIDTH, 8, 8))
+    for ours, theirs in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_16_bits_are_kept_in_16_bits() -> None:
+    model, twin = twins(lambda: between(GroupNorm32(4, WIDTH)))
+    for each in (model, twin):
+        each.bfloat16()
+        each[1].float()
+    x = random_tensor(4, WIDTH, 8, 8, dtype=torch.bfloat16)
+    eager = kept(twin, x) - x.nbytes
+    ckpt_kernels.convert(model)
+    # Of the float32 copy of the norm's input, and the output in 16 bits, only the input in 16 bits is kept.
+    assert kept(model, x) - x.nbytes <= 0.35 * eager
+    assert close(results_of(model, x), results_of(twin, x), tolerance=2**-7)
+
+
+def test_a_patched_norm_runs_as_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = twins(lambda: between(GroupNorm32(4, WIDTH)))
+    ckpt_kernels.convert(model)
+    x = random_tensor(4, WIDTH, 8, 8)
+    calls: list[Any] = []
+    original = nn.GroupNorm.forward
+
+    def forward(self: nn.GroupNorm, input: Tensor) -> Tensor:
+        calls.append(input.dtype)
+        return 2 * original(self, input)
+
+    expected = model(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.GroupNorm, "forward", forward)
+        patched = model[1](model[0](x))
+    torch.testing.assert_close(patched, 2 * model[1](model[0](x)))
+    assert calls == [torch.float32]
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "group_norm", lambda input, *args: 0 * input)
+        assert not model[1](model[0](x)).any()
+    torch.testing.assert_close(model(x), expected)
+
+
+class Doubled(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Mixed(GroupNorm32, Doubled):
+    """In which the `super()` of GroupNorm32 is no norm of torch."""
+
+
+def test_super_is_that_of_the_module_s_class() -> None:
+    model, twin = twins(lambda: nn.Sequential(between(Mixed(4, WIDTH)), between(GroupNorm32(4, WIDTH))))
+    x = random_tensor(4, WIDTH, 8, 8)
+    report = ckpt_kernels.convert(model)
+    assert replacement_of(report, "0.1") is None and replacement_of(report, "1.1") == "group_norm"
+    assert close(results_of(model, x), results_of(twin, x))
+
+
+def test_other_inputs_and_settings_run_as_written() -> None:
+    model, twin = twins(lambda: GroupNorm32(4, WIDTH))
+    ckpt_kernels.convert(model)
+    for x in (random_tensor(4, WIDTH), random_tensor(4, WIDTH, 3).double(), random_tensor(4, WIDTH, 2, 2, 2)):
+        torch.testing.assert_close(model(x), twin(x), rtol=1e-5, atol=1e-6)
+    for each in (model, twin):
+        each.eps = 0.5
+    x = random_tensor(4, WIDTH, 8, 8)
+    torch.testing.assert_close(model(x), twin(x), rtol=1e-5, atol=1e-6)
+    for each in (model, twin):
+        nn.utils.parametrize.register_parametrization(each, "weight", Doubling())
+    torch.testing.assert_close(model(x), twin(x), rtol=1e-5, atol=1e-6)
+    for each in (model, twin):
+        with pytest.raises(RuntimeError, match="equal to the number of channels"):
+            each(random_tensor(4, 2 * WIDTH, 3))
+
+
+class Doubling(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_compiled() -> None:
+    model, twin = twins(lambda: between(GroupNorm32(4, WIDTH)))
+    ckpt_kernels.convert(model)
+    x = random_tensor(4, WIDTH, 8, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-5)
