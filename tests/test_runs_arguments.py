@@ -317,3 +317,12 @@ def test_forward_mode_differentiation_of_a_checkpointed_layer() -> None:
     expected = derived()
     ckpt_kernels.convert(net, recompute={"0": "checkpoint", "1": "checkpoint"})
     torch.testing.assert_close(derived(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_trace_has_no_checkpoints() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(2)))
+    ckpt_kernels.convert(net, recompute={"*": "checkpoint"})
+    x = torch.linspace(-1, 1, 2 * WIDTH).view(2, WIDTH)
+    torch.testing.assert_close(torch.jit.trace(net, torch.ones(2, WIDTH))(x), net(x))

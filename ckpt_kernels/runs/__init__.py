@@ -53,8 +53,9 @@ def run_in(
     is_within = thread.within or thread.repeating
     if is_within or not torch.is_grad_enabled() or not hooks._saved_tensors_hooks_is_enabled():
         return inside(*args, **kwargs)
-    # A second pass outside of the differentiation would lack the tangents.
-    if torch.autograd.forward_ad._current_level >= 0:
+    # A second pass outside of the differentiation would lack the tangents, and a trace would record the first pass's
+    # bookkeeping.
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return inside(*args, **kwargs)
     if not are_plain((*args, *kwargs.values())):
         return inside(*args, **kwargs)
