@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.tiles import in_tiles
-from ..recompute import discard_outputs, discarding, run_as_layer, selective_contexts
+from ..recompute import discarding, run_as_layer, selective_contexts
+from ..recompute.contexts import opened
 from ..saved_tensor_hooks import as_is
 from .attribute_loads import is_set
 from .late_modules import convert_late_modules
@@ -34,14 +35,20 @@ class Discarding:
     def __call__(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
-        # Within another context that one stays active. Most calls end here.
-        if self.level != "layer" and not torch.compiler.is_compiling() and discarding() is not None:
-            return forward(module, *args, **kwargs)
-        convert_late_modules_if_outermost(module)
+        is_compiling = torch.compiler.is_compiling()
+        is_outermost = not is_compiling and discarding() is None
+        if is_outermost:
+            convert_late_modules(module)
         if self.level == "layer":
             return run_as_layer(functools.partial(forward, module), module, args, kwargs)
-        with discard_outputs(module, products=self.level == "all"):
+        # Within another context that one stays active. Most calls end here. A compiler does not use hooks.
+        context = opened(module, self.level == "all", False) if is_outermost else None
+        if context is None:
             return forward(module, *args, **kwargs)
+        try:
+            return forward(module, *args, **kwargs)
+        finally:
+            context.close()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,18 @@ _weights_by_module: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Pa
     weakref.WeakKeyDictionary()
 )
 
+_without_weights: "weakref.WeakKeyDictionary[nn.Module, StackedWeights]" = weakref.WeakKeyDictionary()
+
+
+def stacked_weights_of(module: nn.Module) -> "StackedWeights":
+    """The stacked weights of a module. Those of a module without any are made once."""
+    weights = _without_weights.get(module)
+    if weights is None:
+        weights = StackedWeights(module)
+        if weights.are_none:
+            _without_weights[module] = weights
+    return weights
+
 
 class StackedWeights:
     """The versions and addresses of a module's three-dimensional weights at the start of the forward pass."""
@@ -31,6 +43,11 @@ class StackedWeights:
         references = () if module is None else _weights_in(module)
         weights = [weight for reference in references if (weight := reference()) is not None]
         self._versions = {id(w): (w, w._version, address_of(w)) for w in weights if not w.is_inference()}
+
+    @property
+    def are_none(self) -> bool:
+        """Whether the module has no such weight."""
+        return not self._versions
 
     def is_unchanged(self, weight: nn.Parameter) -> bool:
         """Whether a weight is unchanged since the forward pass began, when no op had read the weight."""
@@ -43,6 +60,7 @@ class StackedWeights:
         ):
             # The module may have got the weight later: the next forward pass searches again.
             _weights_by_module.pop(module, None)
+            _without_weights.pop(module, None)
         return recorded is weight and weight._version == version and address_of(weight) == address
 
 

@@ -69,8 +69,8 @@ class Packing {
   bool is_usual() {
     if (!is_tensor_type(Py_TYPE(tensor_)) || !tensor_members.layout.of(tensor_).is(strided)) return false;
     if (!slots_.is_closed.is(discarder_, Py_False) || !slots_.outer.is(discarder_, Py_None)) return false;
-    PyObject* held = slots_.held.of(discarder_);
-    if (!held || !PyDict_CheckExact(held) || PyDict_Size(held) != 0) return false;
+    PyObject* boundaries = slots_.boundaries.of(discarder_);
+    if (!boundaries || !PyDict_Check(boundaries) || PyDict_Size(boundaries) != 0) return false;
     announced_ = shared(slots_.announced.of(discarder_));
     return announced_ && (announced_.is(Py_None) || classes.announced.total.is(announced_.get(), Py_None));
   }

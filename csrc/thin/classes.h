@@ -40,12 +40,12 @@ struct ClaimClass : Slotted {
 };
 
 struct DiscarderClass : Slotted {
-  Slot all_entries, announced, held, is_apart, is_closed, is_in_layer, is_paused, may_be_sharded, outer, rules,
+  Slot all_entries, announced, boundaries, is_apart, is_closed, is_in_layer, is_paused, may_be_sharded, outer, rules,
       temporaries;
   bool read(PyObject* of) {
     return find(of, {{&all_entries, "all_entries"},
                      {&announced, "announced"},
-                     {&held, "held"},
+                     {&boundaries, "boundaries"},
                      {&is_apart, "is_apart"},
                      {&is_closed, "is_closed"},
                      {&is_in_layer, "is_in_layer"},
