@@ -20,7 +20,7 @@ from ckpt_kernels.recompute import announcing, biases, fast_path
 from ckpt_kernels.recompute.announcements import Announced
 from ckpt_kernels.recompute.cells import Cell, Kept
 from ckpt_kernels.recompute.discarder import Discarder
-from ckpt_kernels.recompute.entries import Block, Entries, Entry
+from ckpt_kernels.recompute.entries import Block, Entry
 from ckpt_kernels.recompute.provenance import Trace
 from ckpt_kernels.recompute.recipes import Claim, Recipe
 
@@ -274,7 +274,7 @@ def test_the_library_needs_classes_with_slots() -> None:
     class Without:
         __slots__ = ("announcement",)
 
-    library, classes = fast_path.library, [Block, Cell, Claim, Discarder, Entries, Entry, Kept, Recipe]
+    library, classes = fast_path.library, [Block, Cell, Claim, Discarder, Entry, Kept, Recipe]
     try:
         with pytest.raises(TypeError, match="the class has no slot announcement"):
             library.set_up_classes(Dynamic, *classes)

@@ -42,13 +42,15 @@ class Discarding:
         if self.level == "layer":
             return run_as_layer(functools.partial(forward, module), module, args, kwargs)
         # Within another context that one stays active. Most calls end here. A compiler does not use hooks.
-        context = opened(module, self.level == "all", False) if is_outermost else None
-        if context is None:
+        if not is_outermost:
             return forward(module, *args, **kwargs)
+        context = None
         try:
+            context = opened(module, self.level == "all", False)
             return forward(module, *args, **kwargs)
         finally:
-            context.close()
+            if context is not None:
+                context.close()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .active import discarding, innermost, thread
 from .announcements import Announced
 from .cells import Cell, Kept, empty_of
 from .discarder import Discarder
-from .entries import Block, Entries, Entry
+from .entries import Block, Entry
 from .hooks import has_innermost_hooks, seekers, top_hooks
 from .recipes import LONGEST_CHAIN, Claim, Recipe
 from .rules import GATHERS, KEEPING, PRIVATE_READERS, SAVED_BY, VIEWS, WRITERS
@@ -177,7 +177,7 @@ def use_library(thin: Any) -> None:
     """Lets `thin`, the module `_thin`, pack, record and unpack in the usual cases."""
     hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
     graph_task, storage = torch._C._current_graph_task_id, torch.UntypedStorage
-    thin.set_up_classes(Announced, Block, Cell, Claim, Discarder, Entries, Entry, Kept, Recipe)
+    thin.set_up_classes(Announced, Block, Cell, Claim, Discarder, Entry, Kept, Recipe)
     names = SAVED_BY, KEEPING | {nodes.LEAF}, frozenset(VIEWS), WRITERS, PRIVATE_READERS, GATHERS
     thin.set_up_cells(torch.strided, torch.float32, LONGEST_CHAIN, *names, BackwardCFunction)
     top = hooks._top_saved_tensors_default_hooks

@@ -57,11 +57,6 @@ struct DiscarderClass : Slotted {
   }
 };
 
-struct EntriesClass : Slotted {
-  Slot by_storage, sweep_size;
-  bool read(PyObject* of) { return find(of, {{&by_storage, "by_storage"}, {&sweep_size, "sweep_size"}}); }
-};
-
 struct EntryClass : Slotted {
   Slot dtype, output, recipe, storage, version;
   bool read(PyObject* of) {
@@ -96,7 +91,6 @@ struct Classes {
   CellClass cell;
   ClaimClass claim;
   DiscarderClass discarder;
-  EntriesClass entries;
   EntryClass entry;
   KeptClass kept;
   RecipeClass recipe;

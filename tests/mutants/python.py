@@ -31,9 +31,8 @@ PYTHON = (
     Mutant(
         "an output is forgotten with its tensor, though its memory lives",
         "ckpt_kernels/recompute/entries.py",
-        "return «self.by_storage.get(tensor.untyped_storage()._cdata)» if self.by_storage",
-        "next((e for e in [self.by_storage.get(tensor.untyped_storage()._cdata)] if e and e.output() is not None), "
-        "None)",
+        "return «self.get(tensor.untyped_storage()._cdata)» if self",
+        "next((e for e in [self.get(tensor.untyped_storage()._cdata)] if e and e.output() is not None), None)",
         "tests/test_recompute.py -k outlives",
     ),
     Mutant(
