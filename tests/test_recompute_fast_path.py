@@ -1,8 +1,10 @@
 """The C fast path of `recompute` packs saved tensors in the same cells as the Python code."""
 
 import contextlib
+import gc
 import random
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +20,7 @@ from ckpt_kernels.recompute import announcing, biases, fast_path
 from ckpt_kernels.recompute.announcements import Announced
 from ckpt_kernels.recompute.cells import Cell, Kept
 from ckpt_kernels.recompute.discarder import Discarder
-from ckpt_kernels.recompute.entries import Block, Entries, Entry
+from ckpt_kernels.recompute.entries import Block, Entry
 from ckpt_kernels.recompute.provenance import Trace
 from ckpt_kernels.recompute.recipes import Claim, Recipe
 
@@ -272,7 +274,7 @@ def test_the_library_needs_classes_with_slots() -> None:
     class Without:
         __slots__ = ("announcement",)
 
-    library, classes = fast_path.library, [Block, Cell, Claim, Discarder, Entries, Entry, Kept, Recipe]
+    library, classes = fast_path.library, [Block, Cell, Claim, Discarder, Entry, Kept, Recipe]
     try:
         with pytest.raises(TypeError, match="the class has no slot announcement"):
             library.set_up_classes(Dynamic, *classes)
@@ -353,6 +355,20 @@ def test_objects_made_in_c_have_every_slot() -> None:
     kept = next(cell for _, _, cell in cells_of(read) if isinstance(cell.content, Kept))
     for made in (claim, claim.recipe, block, block.entry, kept, kept.content):
         assert not [name for name in type(made).__slots__ if name != "__weakref__" and not hasattr(made, name)]
+
+
+def test_the_collector_does_not_know_cells() -> None:
+    x, weight = random_tensor(4, 8, seed=1).requires_grad_(), random_tensor(8, 8).requires_grad_()
+    with recompute.discard_outputs():
+        read = TF.linear(F.layer_norm(x, 8, activation="gelu"), weight)
+    cells = [cell for _, _, cell in cells_of(read)]
+    objects = [*cells, *(cell.content for cell in cells)]
+    assert {type(o) for o in objects} == {Cell, Kept, Claim}
+    assert not any(map(gc.is_tracked, objects))
+    # They are freed all the same, with their references.
+    references = list(map(weakref.ref, [*objects, *(o.tensor for o in objects if isinstance(o, Kept))]))
+    del objects, cells, read
+    assert not any(reference() is not None for reference in references)
 
 
 def test_gates_of_a_sum_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,12 +152,12 @@ def test_a_closed_context_holds_nothing() -> None:
         total = h + x[:1]
         note(total, h, x[:1])
         _, small = total.grad_fn.metadata["ckpt_kernels"]
-        discarder._boundaries.add(h)
+        discarder.boundaries.add(h)
         discarder.announced = Announced(None, False, None)
-        assert discarder.outer is not None and discarder.all_entries.by_storage and discarder.held
+        assert discarder.outer is not None and len(discarder.all_entries) and discarder.boundaries
         assert small.tensor is not None
     assert discarder.outer is discarder.announced is small.tensor is None
-    assert not discarder.all_entries.by_storage and not discarder.held
+    assert not len(discarder.all_entries) and not discarder.boundaries
 
 
 def test_a_context_around_foreign_hooks_does_not_see_tensors() -> None:

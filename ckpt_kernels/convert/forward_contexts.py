@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.tiles import in_tiles
-from ..recompute import discard_outputs, discarding, run_at, selective_contexts
+from ..recompute import discarding, run_at, selective_contexts
+from ..recompute.contexts import opened
 from ..saved_tensor_hooks import as_is
 from .attribute_loads import is_set
 from .late_modules import convert_late_modules
@@ -34,12 +35,17 @@ class Discarding:
     def __call__(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
-        # Most calls end here.
-        if not torch.compiler.is_compiling() and discarding() is not None:
+        # Within another context that one stays active, and a compiler does not use hooks. Most calls end here.
+        if torch.compiler.is_compiling() or discarding() is not None:
             return forward(module, *args, **kwargs)
-        convert_late_modules_if_outermost(module)
-        with discard_outputs(module, products=self.products):
+        convert_late_modules(module)
+        context = None
+        try:
+            context = opened(module, self.products, False)
             return forward(module, *args, **kwargs)
+        finally:
+            if context is not None:
+                context.close()
 
 
 def as_layer(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -45,8 +45,7 @@ def same_backend_function(function: type[torch.autograd.Function]) -> type[torch
         ctx.backend = backends.chosen()
         result = forward(ctx, *arguments)
         if not torch.compiler.is_compiling():
-            parameters = [a for a in arguments if type(a) not in _NO_PARAMETERS and isinstance(a, nn.Parameter)]
-            biases = [p for p in parameters if p.dim() == 1 and not p.is_inference()]
+            biases = [a for a in arguments if type(a) not in _NO_PARAMETERS and _is_bias(a)]
             # The others are not read again.
             saved = (
                 {id(t if t._base is None else t._base) for t in ctx.to_save or () if t is not None} if biases else ()
@@ -71,3 +70,8 @@ def same_backend_function(function: type[torch.autograd.Function]) -> type[torch
 
     function.forward, function.backward = staticmethod(checked_forward), staticmethod(checked_backward)
     return function
+
+
+def _is_bias(argument: Any) -> bool:
+    is_parameter = isinstance(argument, Tensor) and isinstance(argument, nn.Parameter)
+    return is_parameter and argument.dim() == 1 and not argument.is_inference()

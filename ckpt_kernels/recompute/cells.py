@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .untracked import untracked
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -20,6 +22,7 @@ class Operand(Protocol):
     def get(self) -> Tensor: ...
 
 
+@untracked
 class Cell:
     """The object that a node holds for a saved tensor. Its content may be replaced by a smaller one.
 
@@ -50,6 +53,7 @@ class Cell:
         return self.watch is not None and self.watch._version == self.version
 
 
+@untracked
 class Kept:
     """A tensor that is kept, with the version that reveals a later in-place write; see the function `is_plain`."""
 

@@ -18,7 +18,7 @@ from .active import discarding, innermost, thread
 from .announcements import Announced
 from .cells import Cell, Kept, empty_of
 from .discarder import Discarder
-from .entries import Block, Entries, Entry
+from .entries import Block, Entry
 from .hooks import STACK, has_innermost_hooks, seekers, top_hooks
 from .recipes import LONGEST_CHAIN, Claim, Recipe
 from .rules import GATHERS, KEEPING, PRIVATE_READERS, SAVED_BY, VIEWS, WRITERS
@@ -93,17 +93,9 @@ class discard_outputs(contextlib.ContextDecorator):
         return discard_outputs(self._module, products=self._products, temporaries=self._temporaries)
 
     def __enter__(self) -> "discard_outputs":
-        # A trace would record the operations of the hooks.
-        is_recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        # Torch keeps the saved values of tensors that are written to, which a recipe refuses to read.
-        allows_writes = torch.autograd.graph._allow_mutation_on_saved_tensors_enabled
         # Within another active context the outer one stays active: outputs may pass between the two.
-        if is_recorded or allows_writes or not STACK._saved_tensors_hooks_is_enabled() or discarding() is not None:
-            self._entered.append(None)
-            return self
-        hooked = _hooked(self._module, self._products, self._temporaries)
-        self._entered.append(hooked)
-        next(hooked)
+        is_idle = torch.compiler.is_compiling() or discarding() is not None
+        self._entered.append(None if is_idle else opened(self._module, self._products, self._temporaries))
         return self
 
     def __exit__(
@@ -112,6 +104,22 @@ class discard_outputs(contextlib.ContextDecorator):
         hooked = self._entered.pop()
         if hooked is not None:
             hooked.close()
+
+
+def opened(module: nn.Module | None, products: bool, temporaries: bool) -> Generator[None, None, None] | None:
+    """The context as a generator that has begun, and ends when closed. None where torch allows no such hooks.
+
+    For eager calls outside of all active contexts.
+    """
+    # A trace would record the operations of the hooks.
+    is_recorded = torch._C._get_tracing_state() is not None
+    # Torch keeps the saved values of tensors that are written to, which a recipe refuses to read.
+    allows_writes = torch.autograd.graph._allow_mutation_on_saved_tensors_enabled
+    if is_recorded or allows_writes or not STACK._saved_tensors_hooks_is_enabled():
+        return None
+    hooked = _hooked(module, products, temporaries)
+    next(hooked)
+    return hooked
 
 
 def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Generator[None, None, None]:
@@ -135,7 +143,7 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
         discarder.close()
         if pushed_by == threading.get_ident() and STACK._saved_tensors_hooks_is_enabled():
             _remove_hooks(discarder, outer)
-        while _has_closed_hooks():
+        while (top := top_hooks()) is not None and _is_closed(top):
             STACK._pop_saved_tensors_default_hooks()
 
 
@@ -145,10 +153,10 @@ def _remove_hooks(discarder: Discarder, outer: tuple[Any, Any] | None) -> None:
     If they are gone, hooks that were opened before, `outer`, and closed within have removed them in place of their own.
     """
     inner: list[tuple[Any, Any]] = []
-    while not has_innermost_hooks(discarder) and (top := top_hooks()) is not None:
+    while not (is_innermost := has_innermost_hooks(discarder)) and (top := top_hooks()) is not None:
         inner.append(top)
         STACK._pop_saved_tensors_default_hooks()
-    if has_innermost_hooks(discarder):
+    if is_innermost:
         STACK._pop_saved_tensors_default_hooks()
     elif inner and outer is not None and inner[0][0] is outer[0] and inner[0][1] is outer[1]:
         del inner[0]
@@ -156,17 +164,16 @@ def _remove_hooks(discarder: Discarder, outer: tuple[Any, Any] | None) -> None:
         STACK._push_saved_tensors_default_hooks(*pair)
 
 
-def _has_closed_hooks() -> bool:
-    """Whether the innermost hooks on this thread are those of a closed context."""
-    top = top_hooks()
-    owner = None if top is None else getattr(top[0], "__self__", None)
+def _is_closed(pair: tuple[Any, Any]) -> bool:
+    """Whether hooks are those of a closed context."""
+    owner = getattr(pair[0], "__self__", None)
     return isinstance(owner, Discarder) and owner.is_closed
 
 
 def use_library(thin: Any) -> None:
     """Lets `thin`, the module `_thin`, pack, record and unpack in the usual cases."""
     graph_task, storage = torch._C._current_graph_task_id, torch.UntypedStorage
-    thin.set_up_classes(Announced, Block, Cell, Claim, Discarder, Entries, Entry, Kept, Recipe)
+    thin.set_up_classes(Announced, Block, Cell, Claim, Discarder, Entry, Kept, Recipe)
     names = SAVED_BY, KEEPING | {nodes.LEAF}, frozenset(VIEWS), WRITERS, PRIVATE_READERS, GATHERS
     thin.set_up_cells(torch.strided, torch.float32, LONGEST_CHAIN, *names, BackwardCFunction)
     top = STACK._top_saved_tensors_default_hooks

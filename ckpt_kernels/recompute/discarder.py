@@ -38,11 +38,11 @@ class Discarder(State):
         """Keeps a tensor at a layer's boundary, where recipes end, unless the tensor has a cheap recipe."""
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
             if not has_cheap_recipe(tensor, self):
-                self._boundaries.add(tensor)
+                self.boundaries.add(tensor)
 
     def held_at(self, node: Any, output: int) -> Operand | None:
         """The boundary tensor that a node made as this output, as an operand."""
-        held = self._boundaries.made_by(node, output)
+        held = self.boundaries.made_by(node, output)
         return self.share(held) if isinstance(held, Cell) else None if held is None else self._packed(held)
 
     def record_copy(self, tensor: Tensor, copy: Tensor) -> None:
@@ -50,10 +50,10 @@ class Discarder(State):
 
         The copy of a tensor at a layer's boundary is kept, and recipes read the copy in place of the tensor.
         """
-        held = self._boundaries.of(tensor)
+        held = self.boundaries.of(tensor)
         if held is not None:
             if held.tensor() is tensor:
-                self._boundaries.add(copy, held)
+                self.boundaries.add(copy, held)
         elif tensor._base is None and layout_of(copy) == layout_of(tensor):
             recipe = self.source_of(tensor)
             if isinstance(recipe, Recipe) and recipe.depth <= LONGEST_CHAIN:
@@ -102,7 +102,7 @@ class Discarder(State):
         """The bytes that only the recipe keeps. A recipe that keeps as much as the output saves no memory."""
         pairs = zip(tensors, recipe.operands, strict=True)
         kept = [t for t, o in pairs if t is not None and o is not None and not (t.is_leaf or o.depth)]
-        return sum(t.nbytes for t in kept if not (share_memory_with((t,), saved) or self._boundaries.of(t) is not None))
+        return sum(t.nbytes for t in kept if not (share_memory_with((t,), saved) or self.boundaries.of(t) is not None))
 
     def _operand(self, tensor: Tensor, saved: Mapping[int, Packed]) -> Operand:
         """The content of the node's cell, if the node keeps the content; else the tensor, packed for the recipe.
@@ -127,7 +127,7 @@ class Discarder(State):
         # If another thread closed the context, this call is the first that can remove these hooks.
         if self.is_closed and has_innermost_hooks(self):
             STACK._pop_saved_tensors_default_hooks()
-        held = self._boundaries.of(tensor) if self.held and is_plain(tensor) else None
+        held = self.boundaries.of(tensor) if self.boundaries and is_plain(tensor) else None
         cell = self._packed(tensor, is_saved=held is None)
         # A view of a copy does not have all of the values.
         if held is not None and (held.original is None or held.tensor() is tensor):
@@ -202,7 +202,7 @@ class Discarder(State):
         # A detached tensor, or a view taken under no_grad, may be read after an optimizer step, which changes the
         # weights that a recipe needs.
         root = tensor if tensor._base is None else tensor._base
-        if root.grad_fn is None or tensor.grad_fn is None or self._boundaries.of(tensor) is not None:
+        if root.grad_fn is None or tensor.grad_fn is None or self.boundaries.of(tensor) is not None:
             return None
         entry = self.all_entries.of(tensor)
         if entry is not None:
@@ -219,7 +219,7 @@ class Discarder(State):
         # Only once, because packing the operands calls this method again.
         announced.total = None
         tensors = [t for t in total.recipe[1] if t is not None]
-        if any((held := self._boundaries.of(t)) is not None and not held.is_saved for t in tensors):
+        if any((held := self.boundaries.of(t)) is not None and not held.is_saved for t in tensors):
             return None
         recipe = self._recipe(total.recipe, {}, total.layout)
         # A tensor that needs no gradient, and is no weight, is kept by nobody else.
@@ -245,11 +245,11 @@ class Discarder(State):
         # A recomputed copy would lose the tangent.
         if tensor.dtype != root.dtype or torch.autograd.forward_ad._current_level >= 0:
             return None
-        is_usual = name in BY_RESULT and not root._version and not self.held
+        is_usual = name in BY_RESULT and not root._version and not self.boundaries
         if is_usual and fast_path.keeps_result(self, node, name, rules):
             return root
         version = root._version
-        view = None if version or self.held else copied_view(node)
+        view = None if version or self.boundaries else copied_view(node)
         recipe = None if view is None else recipe_of_copy(view, layout_of(root), self)
         if recipe is not None and fills_memory(root):
             self.all_entries.add(Entry(root, weakref.ref(recipe)))

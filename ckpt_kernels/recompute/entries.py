@@ -45,32 +45,24 @@ class Block:
         return self.watch is not None and self.watch._version == self.entry.version
 
 
-class Entries:
+class Entries(dict[int, Entry]):
     """All entries, by the address of the storage. Entries whose storage is gone are removed now and then."""
 
-    __slots__ = ("by_storage", "sweep_size")
-
-    def __init__(self) -> None:
-        self.by_storage: dict[int, Entry] = {}
-        self.sweep_size = 64
+    sweep_size = 64
 
     def of(self, tensor: Tensor) -> Entry | None:
         """The entry for the storage of a tensor. No new storage gets this address while the entry refers to the old
         one."""
-        return self.by_storage.get(tensor.untyped_storage()._cdata) if self.by_storage else None
+        return self.get(tensor.untyped_storage()._cdata) if self else None
 
     def add(self, entry: Entry) -> None:
-        entries = self.by_storage
-        if len(entries) >= self.sweep_size:
-            for key in [key for key, entry in entries.items() if entry.storage.expired()]:
-                del entries[key]
+        if len(self) >= self.sweep_size:
+            for key in [key for key, entry in self.items() if entry.storage.expired()]:
+                del self[key]
             # The number of entries doubles between two sweeps, so that the total time is linear in the number of
             # entries.
-            self.sweep_size = max(64, 2 * len(entries))
-        entries[entry.storage.cdata] = entry
-
-    def clear(self) -> None:
-        self.by_storage.clear()
+            self.sweep_size = max(64, 2 * len(self))
+        self[entry.storage.cdata] = entry
 
 
 def block_of(node: Any) -> Block | None:

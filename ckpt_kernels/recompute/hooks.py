@@ -1,5 +1,6 @@
 """The saved-tensor hooks of the calling thread, of which torch calls only the innermost pair."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,9 @@ _top_hooks = STACK._top_saved_tensors_default_hooks
 seekers: list[int] = []
 
 
-def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """The innermost saved-tensor hooks of this thread, None where there are none."""
-    return _top_hooks(True)
+_Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+# Returns the innermost saved-tensor hooks of this thread, None where there are none.
+top_hooks: Callable[[], _Hooks | None] = functools.partial(_top_hooks, True)
 
 
 def has_innermost_hooks(owner: object) -> bool:

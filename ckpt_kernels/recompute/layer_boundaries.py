@@ -33,22 +33,18 @@ class Boundary:
             self.original.copy = cell
 
 
-class LayerBoundaries:
-    """The boundary tensors, found by their storage."""
-
-    def __init__(self) -> None:
-        # Keyed by the address of the storage.
-        self.held: dict[int, Boundary] = {}
+class LayerBoundaries(dict[int, Boundary]):
+    """The boundary tensors, by the addresses of their storages."""
 
     def add(self, tensor: Tensor, original: Boundary | None = None) -> None:
-        for key in [key for key, held in self.held.items() if held.storage.expired()]:
-            del self.held[key]
+        for key in [key for key, held in self.items() if held.storage.expired()]:
+            del self[key]
         held = Boundary(tensor, original)
-        self.held[held.storage.cdata] = held
+        self[held.storage.cdata] = held
 
     def of(self, tensor: Tensor) -> Boundary | None:
         """The boundary tensor that shares the storage of `tensor`, if there was no in-place write since."""
-        held = self.held.get(tensor.untyped_storage()._cdata) if self.held else None
+        held = self.get(tensor.untyped_storage()._cdata) if self else None
         if held is None or held.storage.expired() or held.version != tensor._version:
             return None
         return held
@@ -58,7 +54,7 @@ class LayerBoundaries:
 
         None if no node saves one of the two, or after an in-place write to the tensor.
         """
-        for held in self.held.values():
+        for held in self.values():
             tensor = held.tensor()
             if tensor is None or tensor.output_nr != output or not tensor.requires_grad:
                 continue
@@ -68,6 +64,3 @@ class LayerBoundaries:
                     return None
                 return tensor if held.is_saved else held.copy
         return None
-
-    def clear(self) -> None:
-        self.held.clear()

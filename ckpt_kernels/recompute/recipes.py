@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from .cells import Operand
+from .untracked import untracked
 
 _graph_task_id = torch._C._current_graph_task_id
 _NUMBERS = (int, float)
@@ -139,6 +140,7 @@ class Recipe:
         return torch.empty_strided(shape, strides, dtype=dtype, device=value.device).copy_(value)
 
 
+@untracked
 class Claim:
     """One reader's share of a recipe: the tensor, or a view of it."""
 

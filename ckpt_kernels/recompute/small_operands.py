@@ -38,28 +38,27 @@ class SmallOperand:
         return tensor.clone()
 
 
-class SmallOperands:
-    """The small operands of one context. The notes hold them, and so does the autograd graph."""
+class SmallOperands(list["weakref.ref[SmallOperand]"]):
+    """The small operands of one context. The notes hold them, and so does the autograd graph.
 
-    def __init__(self) -> None:
-        # A list, because a WeakSet takes as long to make as a small kernel runs.
-        self._noted: list[weakref.ref[SmallOperand]] = []
+    A list, because a WeakSet takes as long to make as a small kernel runs.
+    """
 
     def noted(self, operand: Tensor, result: Tensor, owner: Any) -> SmallOperand | None:
         """The small operand for a note; None for an operand that is not small."""
         if operand.nbytes * _SMALL > result.nbytes or not operand.dtype.is_floating_point:
             return None
         small = SmallOperand(operand, owner)
-        self._noted.append(weakref.ref(small))
+        self.append(weakref.ref(small))
         return small
 
-    def clear(self) -> None:
+    def drop(self) -> None:
         """Drops all small operands: later recipes find nothing to copy."""
-        for noted in self._noted:
+        for noted in self:
             small = noted()
             if small is not None:
                 small.tensor = None
-        self._noted.clear()
+        self.clear()
 
 
 def fills_memory(tensor: Tensor) -> bool:

@@ -22,6 +22,18 @@ _weights_by_module: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Pa
     weakref.WeakKeyDictionary()
 )
 
+_without_weights: "weakref.WeakKeyDictionary[nn.Module, StackedWeights]" = weakref.WeakKeyDictionary()
+
+
+def stacked_weights_of(module: nn.Module) -> "StackedWeights":
+    """The stacked weights of a module. Those of a module without any are made once."""
+    weights = _without_weights.get(module)
+    if weights is None:
+        weights = StackedWeights(module)
+        if weights.are_none:
+            _without_weights[module] = weights
+    return weights
+
 
 class StackedWeights:
     """The versions and addresses of a module's three-dimensional weights at the start of the forward pass."""
@@ -31,12 +43,18 @@ class StackedWeights:
         references = () if module is None else _weights_in(module)
         self._versions = versions_of(weight for reference in references if (weight := reference()) is not None)
 
+    @property
+    def are_none(self) -> bool:
+        """Whether the module has no such weight."""
+        return not self._versions
+
     def is_unchanged(self, weight: nn.Parameter) -> bool:
         """Whether a weight is unchanged since the forward pass began, when no op had read the weight."""
         module = None if self._module is None else self._module()
         if module is not None and id(weight) not in self._versions and _is_stacked(weight):
             # The module may have got the weight later: the next forward pass searches again.
             _weights_by_module.pop(module, None)
+            _without_weights.pop(module, None)
         return is_as_recorded(weight, self._versions)
 
 

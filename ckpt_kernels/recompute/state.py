@@ -14,7 +14,7 @@ from .layer_boundaries import LayerBoundaries
 from .nodes import next_number
 from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
 from .small_operands import SmallOperands
-from .stacked_weights import StackedWeights
+from .stacked_weights import StackedWeights, stacked_weights_of
 
 # The ops that may run again, at the levels where products may; at other levels they are `RULES`.
 _RULES_AT = {"all": RULES_AND_PRODUCTS, "layer": RULES_IN_LAYERS}
@@ -28,12 +28,11 @@ class State:
     # csrc/thin (cells.cpp, records.cpp) reads the public slots.
     __slots__ = (
         "__weakref__",
-        "_boundaries",
         "all_entries",
         "announced",
         "biases",
+        "boundaries",
         "first_node",
-        "held",
         "is_apart",
         "is_closed",
         "is_in_layer",
@@ -51,7 +50,7 @@ class State:
         self.temporaries = temporaries
         self.all_entries = Entries()
         self.biases = _ANY_BIAS if module is None else Biases(module)
-        self.stacked = _NO_STACKED_WEIGHTS if module is None else StackedWeights(module)
+        self.stacked = _NO_STACKED_WEIGHTS if module is None else stacked_weights_of(module)
         self.may_be_sharded = may_be_sharded()
         self.outer = top_hooks()
         # The number of the first autograd node that the context may have made.
@@ -61,9 +60,8 @@ class State:
         self.announced: Announced | None = None
         # Whether a tensor is being packed for a recipe, and so does not count as saved by the announced op.
         self.is_apart = False
-        self._boundaries = LayerBoundaries()
+        self.boundaries = LayerBoundaries()
         self.small_operands = SmallOperands()
-        self.held = self._boundaries.held
         self._set_level("all" if products else "output")
 
     @contextlib.contextmanager
@@ -93,6 +91,7 @@ class State:
         # Nodes refer to this context longer than they keep tensors, and the outer hooks may hold tensors.
         self.outer = None
         self.all_entries.clear()
-        self._boundaries.clear()
-        self.small_operands.clear()
+        self.boundaries.clear()
+        if self.small_operands:
+            self.small_operands.drop()
         self.announced = None

@@ -17,7 +17,7 @@ PyObject *of_cdata, *of_discard, *of_pack, *of_recomputed_block, *nothing_served
 
 // The value under a key of a dict; null, perhaps with an error, if there is none.
 Owned held_under(PyObject* dict, const Owned& key) {
-  return shared(key && PyDict_CheckExact(dict) ? PyDict_GetItemWithError(dict, key.get()) : nullptr);
+  return shared(key && PyDict_Check(dict) ? PyDict_GetItemWithError(dict, key.get()) : nullptr);
 }
 
 // A tensor that is packed for an autograd node, and the context that packs the tensor. Any method that returns no or
@@ -69,15 +69,15 @@ class Packing {
   bool is_usual() {
     if (!is_tensor_type(Py_TYPE(tensor_)) || !tensor_members.layout.of(tensor_).is(strided)) return false;
     if (!slots_.is_closed.is(discarder_, Py_False) || !slots_.outer.is(discarder_, Py_None)) return false;
-    PyObject* held = slots_.held.of(discarder_);
-    if (!held || !PyDict_CheckExact(held) || PyDict_Size(held) != 0) return false;
+    PyObject* boundaries = slots_.boundaries.of(discarder_);
+    if (!boundaries || !PyDict_Check(boundaries) || PyDict_Size(boundaries) != 0) return false;
     announced_ = shared(slots_.announced.of(discarder_));
     return announced_ && (announced_.is(Py_None) || classes.announced.total.is(announced_.get(), Py_None));
   }
 
   // The entry for the tensor's storage; null, perhaps with an error, if there is none.
   Owned found_entry() const {
-    const Owned entries = shared(classes.entries.by_storage.of(slots_.all_entries.of(discarder_)));
+    const Owned entries = shared(slots_.all_entries.of(discarder_));
     if (PyDict_Size(entries.get()) == 0) return Owned();
     return held_under(entries.get(), attribute(tensor_members.untyped_storage.of(tensor_), of_cdata));
   }
@@ -198,8 +198,7 @@ PyMethodDef pack_definition = {"pack", pack, METH_O, "Discarder.pack, which is c
 PyObject* packer(PyObject*, PyObject* discarder) {
   const bool is_one = classes.discarder.is_type_of(discarder);
   PyObject* entries = is_one ? classes.discarder.all_entries.of(discarder) : nullptr;
-  if (!entries || !classes.entries.is_type_of(entries))
-    return PyErr_Format(PyExc_TypeError, "expected a Discarder with its entries");
+  if (!entries || !PyDict_Check(entries)) return PyErr_Format(PyExc_TypeError, "expected a Discarder with its entries");
   return PyCFunction_New(&pack_definition, discarder);
 }
 

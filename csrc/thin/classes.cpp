@@ -7,20 +7,19 @@ Classes classes;
 namespace {
 
 PyObject* set_up_classes(PyObject*, PyObject* arguments) {
-  PyObject *announced, *block, *cell, *claim, *discarder, *entries, *entry, *kept, *recipe;
-  if (!PyArg_ParseTuple(arguments, "OOOOOOOOO", &announced, &block, &cell, &claim, &discarder, &entries, &entry, &kept,
-                        &recipe))
+  PyObject *announced, *block, *cell, *claim, *discarder, *entry, *kept, *recipe;
+  if (!PyArg_ParseTuple(arguments, "OOOOOOOO", &announced, &block, &cell, &claim, &discarder, &entry, &kept, &recipe))
     return nullptr;
   const bool found = classes.announced.read(announced) && classes.block.read(block) && classes.cell.read(cell) &&
-                     classes.claim.read(claim) && classes.discarder.read(discarder) && classes.entries.read(entries) &&
-                     classes.entry.read(entry) && classes.kept.read(kept) && classes.recipe.read(recipe);
+                     classes.claim.read(claim) && classes.discarder.read(discarder) && classes.entry.read(entry) &&
+                     classes.kept.read(kept) && classes.recipe.read(recipe);
   if (!found) return nullptr;
   Py_RETURN_NONE;
 }
 
 PyMethodDef methods[] = {
     {"set_up_classes", set_up_classes, METH_VARARGS,
-     "set_up_classes(announced, block, cell, claim, discarder, entries, entry, kept, recipe): the classes of the "
+     "set_up_classes(announced, block, cell, claim, discarder, entry, kept, recipe): the classes of the "
      "objects that are created and read here."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -40,12 +40,12 @@ struct ClaimClass : Slotted {
 };
 
 struct DiscarderClass : Slotted {
-  Slot all_entries, announced, held, is_apart, is_closed, is_in_layer, is_paused, may_be_sharded, outer, rules,
+  Slot all_entries, announced, boundaries, is_apart, is_closed, is_in_layer, is_paused, may_be_sharded, outer, rules,
       temporaries;
   bool read(PyObject* of) {
     return find(of, {{&all_entries, "all_entries"},
                      {&announced, "announced"},
-                     {&held, "held"},
+                     {&boundaries, "boundaries"},
                      {&is_apart, "is_apart"},
                      {&is_closed, "is_closed"},
                      {&is_in_layer, "is_in_layer"},
@@ -55,11 +55,6 @@ struct DiscarderClass : Slotted {
                      {&rules, "rules"},
                      {&temporaries, "temporaries"}});
   }
-};
-
-struct EntriesClass : Slotted {
-  Slot by_storage, sweep_size;
-  bool read(PyObject* of) { return find(of, {{&by_storage, "by_storage"}, {&sweep_size, "sweep_size"}}); }
 };
 
 struct EntryClass : Slotted {
@@ -96,7 +91,6 @@ struct Classes {
   CellClass cell;
   ClaimClass claim;
   DiscarderClass discarder;
-  EntriesClass entries;
   EntryClass entry;
   KeptClass kept;
   RecipeClass recipe;

@@ -1,7 +1,7 @@
 // The Python module `_thin`: calls the CPU ops of `_C` on torch's tensors without torch's dispatcher (direct_calls.h),
 // checks small calls and converted models at each call (guards, questions, sites), and packs, records and unpacks
-// tensors for discarded outputs (cells, graph, records, unpacking, storages, biases; classes and slots). Limited API of
-// Python 3.10, and no C++ API of torch; tensors.h and members.h read tensors.
+// tensors for discarded outputs (cells, graph, records, unpacking, storages, biases; classes, slots and untracked).
+// Limited API of Python 3.10, and no C++ API of torch; tensors.h and members.h read tensors.
 #include "tensors.h"
 
 #include <string.h>
@@ -15,6 +15,7 @@
 #include "records.h"
 #include "storages.h"
 #include "unpacking.h"
+#include "untracked.h"
 
 using namespace ckpt;
 
@@ -245,7 +246,8 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
 
 bool add_all(PyObject* module) {
   return add_guards(module) && add_classes(module) && add_cells(module) && add_records(module) &&
-         add_storages(module) && add_unpacking(module) && add_biases(module) && add_held(module);
+         add_storages(module) && add_unpacking(module) && add_biases(module) && add_untracked(module) &&
+         add_held(module);
 }
 
 }  // namespace

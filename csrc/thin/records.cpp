@@ -17,7 +17,7 @@ PyObject *thread = nullptr, *top_hooks = nullptr;
 PyObject *chosen = nullptr, *lock = nullptr;
 PyObject* one = nullptr;
 
-PyObject *of_active, *of_add, *of_cdata, *of_recomputed_block;
+PyObject *of_active, *of_add, *of_cdata, *of_recomputed_block, *of_sweep_size;
 
 // The innermost context of this thread: None if there is none; null, perhaps with an error, if Python must look.
 Owned innermost() {
@@ -228,11 +228,11 @@ class Recording {
   // Entries.add
   bool add(const Owned& entry) const {
     const Owned entries = shared(classes.discarder.all_entries.of(discarder_));
-    PyObject* by_storage = classes.entries.by_storage.of(entries.get());
-    const long sweep_size = PyLong_AsLong(classes.entries.sweep_size.of(entries.get()));
+    const Owned size = attribute(entries, of_sweep_size);
+    const long sweep_size = size ? PyLong_AsLong(size.get()) : -1;
     if (PyErr_Occurred()) return false;
-    if (PyDict_Size(by_storage) < sweep_size)
-      return PyDict_SetItem(by_storage, address_in(shared(classes.entry.storage.of(entry.get()))), entry.get()) == 0;
+    if (PyDict_Size(entries.get()) < sweep_size)
+      return PyDict_SetItem(entries.get(), address_in(shared(classes.entry.storage.of(entry.get()))), entry.get()) == 0;
     return bool(Owned(PyObject_CallMethodObjArgs(entries.get(), of_add, entry.get(), nullptr)));
   }
 
@@ -283,7 +283,8 @@ bool add_records(PyObject* module) {
          prepare_names({{&of_active, "active"},
                         {&of_add, "add"},
                         {&of_cdata, "_cdata"},
-                        {&of_recomputed_block, "recomputed_block"}}) &&
+                        {&of_recomputed_block, "recomputed_block"},
+                        {&of_sweep_size, "sweep_size"}}) &&
          PyModule_AddFunctions(module, methods) == 0;
 }
 
