@@ -120,7 +120,7 @@ class Levels:
 
     def _assign(self, model: nn.Module, levels: Mapping[str, str]) -> None:
         names = dict(named_modules(model, duplicates=True))
-        layers = functools.cache(lambda: dict.fromkeys(filter(_has_products, layers_of(model).values())))
+        layers = functools.cache(lambda: {layer for layer in layers_of(model).values() if count_matrices(layer) > 1})
         for pattern, level in levels.items():
             if not isinstance(pattern, str):
                 raise TypeError(f"recompute has the key {pattern!r}; expected names of modules, with * and ?")
@@ -176,10 +176,6 @@ class Levels:
             kind = f"checkpointed {policy}" if places else str(policy)
             counts[kind] = counts.get(kind, 0) + 1
         return "by module: " + (", ".join(f"{count} x {kind}" for kind, count in counts.items()) or "none")
-
-
-def _has_products(layer: nn.Module) -> bool:
-    return count_matrices(layer) > 1
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:

@@ -9,7 +9,7 @@ but not whether the operand was written to later where autograd does not see the
 `detach()`). An unchanged version counter must prove that there was no such write.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -92,6 +92,25 @@ class Trace:
         cast = rule.autocast_operand
         if cast is not None and cast < len(edges) and nodes.is_cast_by_autocast(edges[cast][0]):
             packed[cast] = self._copied(self._source.biases.cast(edges[cast][0], self._source.first_node))
+        operands = self._operands(node, edges, packed, rule, is_unwritten)
+        extras = None if operands is None else self._extras(node, rule)
+        if operands is None or extras is None:
+            return None
+        operands += extras
+        try:
+            options = rule.options(node)
+        except (AttributeError, RuntimeError):
+            return None
+        if rule.has_several_outputs:
+            return Step(lambda *given: rule.function(*given)[output], operands, options)
+        if rule.saved is None:
+            return Step(lambda *given: rule.function(given[: len(edges)], *given[len(edges) :]), operands, options)
+        return Step(rule.function, operands, options)
+
+    def _operands(
+        self, node: Any, edges: Sequence[Edge], packed: Sequence[Any], rule: Rule, is_unwritten: bool
+    ) -> list[Any] | None:
+        """The operands of a node, which holds the `packed` contents for its edges; None if one is not available."""
         operands: list[Any] = []
         note = nodes.noted(node)
         notes = note if len(note) == len(edges) else (None,) * len(edges)
@@ -116,20 +135,17 @@ class Trace:
                 operands[place] = self._copied(operand.copied() if operand.owner is self._source else None)
                 if operands[place] is None:
                     return None
+        return operands
+
+    def _extras(self, node: Any, rule: Rule) -> list[Any] | None:
+        """The operands of a node that have no edge; None if one is not available."""
+        extras: list[Any] = []
         for content in () if rule.extras is None else nodes.packed_extras(node, rule.extras):
             is_ours = isinstance(content, Cell) and content.owner is self._source and content.is_unwritten()
             if not is_ours and not isinstance(content, Absent):
                 return None
-            operands.append(self._source.share(content) if isinstance(content, Cell) else content)
-        try:
-            options = rule.options(node)
-        except (AttributeError, RuntimeError):
-            return None
-        if rule.has_several_outputs:
-            return Step(lambda *given: rule.function(*given)[output], operands, options)
-        if rule.saved is None:
-            return Step(lambda *given: rule.function(given[: len(edges)], *given[len(edges) :]), operands, options)
-        return Step(rule.function, operands, options)
+            extras.append(self._source.share(content) if isinstance(content, Cell) else content)
+        return extras
 
     def is_written_by_graph(self, node: Any, storage: int, version: int) -> bool:
         """Whether `node` and the nodes before it made all in-place writes to a tensor, which is now at `version`.

@@ -95,10 +95,6 @@ def _addmm(bias: Tensor, first: Tensor, second: Tensor, beta: float, alpha: floa
     return torch.addmm(bias, first, second, beta=beta, alpha=alpha)
 
 
-def _slice(operand: Tensor, *bounds: int) -> Tensor:
-    return torch.ops.aten.slice.Tensor(operand, *bounds)
-
-
 def _index(operand: Tensor, *indices: Tensor | None) -> Tensor:
     return torch.ops.aten.index.Tensor(operand, list(indices))
 
@@ -231,7 +227,7 @@ VIEWS = {
         torch.split_with_sizes, (None,), _dims("split_sizes", "dim"), has_several_outputs=True
     ),
     "UnbindBackward0": Rule(torch.unbind, (None,), _dims("dim"), has_several_outputs=True),
-    "SliceBackward0": Rule(_slice, (None,), _dims("dim", "start", "end", "step")),
+    "SliceBackward0": Rule(torch.ops.aten.slice.Tensor, (None,), _dims("dim", "start", "end", "step")),
     "PermuteBackward0": Rule(torch.permute, (None,), _dims("dims")),
     "TBackward0": Rule(torch.t, (None,)),
     "TransposeBackward0": Rule(torch.transpose, (None,), _dims("dim0", "dim1")),

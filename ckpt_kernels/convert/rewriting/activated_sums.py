@@ -25,11 +25,6 @@ def activates_sums(function: types.FunctionType, roles: Roles) -> bool:
     return bool(callees or not _METHODS.isdisjoint(names)) and _activates_sums(function, callees)
 
 
-def calls_activation_of_sum(function: types.FunctionType) -> bool:
-    """Whether a function calls such a method of a sum."""
-    return not _METHODS.isdisjoint(names_in(function.__code__)) and _activates_sums(function, frozenset())
-
-
 @memoized
 def _activates_sums(function: types.FunctionType, callees: frozenset[str]) -> bool:
     bound: dict[str, list[tuple[int, bool]]] = {}

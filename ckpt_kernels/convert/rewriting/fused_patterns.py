@@ -18,7 +18,7 @@ from ...functional.mlps import known_gated_mlp, known_mlp
 from ...levels import discards_outputs
 from ..attribute_loads import is_set
 from ..code.code_objects import has_type
-from ..rules.in_place import out_of_place, writes_over
+from ..rules.in_place import out_of_place
 from ..rules.norms import Norm, RowNorm
 from ..rules.pointwise import activated, has_halves
 from .aliases import are_views_of_one_base
@@ -119,11 +119,9 @@ def add_norm(left: Tensor, right: Tensor, norm: nn.Module, rule: Norm, p: float,
     # The sum of operands without gradients needs no gradient.
     if torch.is_grad_enabled() and not (left.requires_grad or right.requires_grad):
         return None
-    if not left.is_contiguous() or not right.is_contiguous():
+    if not right.is_contiguous():
         return None
     _, shape, weight, bias, eps = rule.operands(norm, left)
-    if tuple(shape) != left.shape[left.dim() - len(shape) :]:
-        return None
     if rule.centered:
         results = F.add_layer_norm(right, left, shape, weight, bias, eps, dropout_p=p)
     else:
@@ -172,10 +170,8 @@ def written_over(input: Tensor, first: Linear, write: Any) -> Results | None:
     """Without gradients nothing is saved, and in place is better."""
     if not torch.is_grad_enabled() or not share_gradient_need(input, first) or first[0].shape[1] != input.shape[-1]:
         return None
-    if not writes_over(write):
-        return None
-    output = out_of_place(write, ops.products.linear_of_torch(input, *first))
-    return None if output is None else [output]
+    compute = out_of_place(write)
+    return None if compute is None else [compute(ops.products.linear_of_torch(input, *first))]
 
 
 @pattern("square, scale and shift", "scale * input ** 2 + shift")

@@ -168,12 +168,12 @@ def have_same_shape_dtype_device(tensor: Tensor, other: Tensor) -> bool:
     return tensor.shape == other.shape and tensor.dtype == other.dtype and tensor.device == other.device
 
 
-def is_per_sample(tensor: Any, input: Tensor) -> bool:
+def is_per_sample(tensor: Tensor, input: Tensor) -> bool:
     """Whether a scale or shift has one row for each sample.
 
     The shapes are (B, 1, N) or (B, T, N) for an input (B, T, N), and (B, N) for (B, N).
     """
-    if tensor is None or tensor.dim() != input.dim() or tensor.dtype != input.dtype or tensor.device != input.device:
+    if tensor.dim() != input.dim() or tensor.dtype != input.dtype or tensor.device != input.device:
         return False
     samples, lead = list(tensor.shape[:-1]), list(input.shape[:-1])
     while samples and samples[-1] == 1 and lead[len(samples) - 1] != 1:

@@ -250,8 +250,6 @@ def match_of(reader: Reader, root: ast.expr, begins: ast.expr, pattern: Pattern,
             before.append(operand)
         if operand is computed[0]:
             break
-    else:
-        return None
     rest = [operand for operand in operands if operand not in before]
     captured = [operand for operand in before if not isinstance(operand.tree, ast.Name) or operand is computed[0]]
     return Match(pattern, root, [*before, *rest], captured, attempt)

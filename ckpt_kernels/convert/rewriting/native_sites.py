@@ -22,12 +22,12 @@ from .templates import Pattern, eager_saves_act_input
 _is_compiling = torch.compiler.is_compiling
 
 
-def _is_kept_by_output(known: str | ActivationGuard) -> bool:
-    return (known if isinstance(known, str) else known.name) in KEPT_BY_OUTPUT
-
-
 # The activations for which eager torch saves the input.
-_KNOWN_BY_INPUT = tuple(pair for pair in NATIVE_ACTIVATIONS if not _is_kept_by_output(pair[1]))
+_KNOWN_BY_INPUT = tuple(
+    (act, known)
+    for act, known in NATIVE_ACTIVATIONS
+    if (known.name if isinstance(known, ActivationGuard) else known) not in KEPT_BY_OUTPUT
+)
 # A function that returns the results and True, or False.
 NativeCall = Callable[..., list[Any]]
 

@@ -11,7 +11,7 @@ from ...levels import discards_outputs, runs_layers_again
 from ..code.code_objects import names_in
 from ..code.memoization import memoized
 from ..code.source import definition_of
-from .activated_sums import activates_sums, calls_activation_of_sum
+from .activated_sums import activates_sums
 from .noted_operations import NOTED_CASTS
 from .roles import MODULE, Role, Roles
 
@@ -46,7 +46,7 @@ def noted_roles(function: types.FunctionType, recompute: str) -> tuple[tuple[str
         return _ADDING
     if runs_layers_again(recompute) and indexes_by_list(function):
         return _INDEXING
-    return _ACTIVATING if calls_activation_of_sum(function) else ()
+    return _ACTIVATING if activates_sums(function, {}) else ()
 
 
 def adds_casts(function: types.FunctionType) -> bool:

@@ -86,9 +86,7 @@ def pattern(description: str, template: str, **options: Any) -> Callable[[Callab
 
 def callee(call: ast.Call) -> str:
     """The name of the callee in a template."""
-    if not isinstance(call.func, ast.Name):
-        raise TypeError(f"a template calls {ast.unparse(call.func)}; expected a name")
-    return call.func.id
+    return ast.unparse(call.func)
 
 
 def spellings(tree: ast.expr) -> Iterator[ast.expr]:

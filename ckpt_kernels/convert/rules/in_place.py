@@ -58,12 +58,10 @@ def _computing(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return functools.partial(function, **settings)
 
 
-def out_of_place(module: Any, input: Tensor) -> Tensor | None:
-    """The module's output, computed without a write to the input; None for modules that do not `writes_over`."""
-    if not writes_over(module) or not is_called_plainly(module):
-        return None
-    compute = _computing(module)
-    return None if compute is None else compute(input)
+def out_of_place(module: Any) -> Callable[[Tensor], Tensor] | None:
+    """The function that computes the module's output without a write to the input; None for modules that do not
+    `writes_over`."""
+    return _computing(module) if writes_over(module) and is_called_plainly(module) else None
 
 
 def following_writes(called: Any) -> Any:

@@ -174,7 +174,7 @@ class RowNorm(Norm):
     def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
         weight, bias = self._coefficients(module)
         case = self._case(module, input, weight, bias)
-        if case is None or (self.channels_first and input.dim() < 3):
+        if case is None:
             return None
         if case.output != input.dtype:
             input = input.to(case.output)
