@@ -127,7 +127,7 @@ def test_announcements_equal_pythons(case: str, other: str, inside: Callable[[],
             found += [
                 discarder.announced,
                 type(recipe),
-                len(discarder.all_entries.by_storage),
+                len(discarder.all_entries),
                 discarder in active.thread.active,
             ]
             if isinstance(recipe, Recipe):
