@@ -277,6 +277,11 @@ BAD = {
     "one value in space": (lambda: F.instance_norm(X[:, :, :1]), ValueError, "expected more than 1 element in space"),
     "no statistics in eval": (lambda: F.batch_norm(X, None, None), RuntimeError, "running_mean or running_var is None"),
     "groups": (lambda: F.group_norm(X, 4), RuntimeError, "num_groups is 4; expected a divisor of the channels"),
+    "one value per group": (
+        lambda: F.group_norm(X[:1, :, :1], 6),
+        ValueError,
+        "expected more than 1 value for each of",
+    ),
     "no groups": (lambda: F.group_norm(X, 0), RuntimeError, "num_groups is 0"),
     "activation": (lambda: F.group_norm(X, 2, activation="swish"), ValueError, "activation is 'swish'"),
     "module's dimensions": (lambda: nn.BatchNorm2d(6)(X), ValueError, "expected 4D input"),

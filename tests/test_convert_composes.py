@@ -78,8 +78,8 @@ class Layers(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("recompute", ["output", "layer"])
-def test_torch_compile_with_dynamic_shapes(recompute: str) -> None:
+@pytest.mark.parametrize("recompute", ["output", "layer", {"layers.*": "checkpoint"}])
+def test_torch_compile_with_dynamic_shapes(recompute: Any) -> None:
     model = Layers().to(DEVICE)
     ckpt_kernels.convert(model, recompute=recompute)
     compiled = torch.compile(model, backend="eager", dynamic=True)

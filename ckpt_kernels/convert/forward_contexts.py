@@ -94,13 +94,18 @@ def _checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManag
     return torch.autograd.graph.saved_tensors_hooks(as_is, as_is), contextlib.nullcontext()
 
 
+def takes_checkpoints() -> bool:
+    """Whether the compiler takes several checkpoints in one graph: not with dynamic shapes, where sizes are inputs of
+    the graph, and torch 2.13 refuses those of one checkpoint in the next."""
+    return torch._dynamo.config.assume_static_by_default
+
+
 def checkpointing_selectively(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Under torch.compile, which cannot trace `discard_outputs`, runs the forward in a selective checkpoint that
     recomputes blocks. In eager mode it runs the forward alone."""
     if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
-    # With dynamic shapes, sizes are inputs of the graph, and torch 2.13 refuses those of one checkpoint in the next.
-    if not torch._dynamo.config.assume_static_by_default:
+    if not takes_checkpoints():
         return forward(module, *args, **kwargs)
     # A model's own gradient checkpointing is enough. Any other object among the arguments, such as a cache that the
     # forward writes to, cannot pass into a checkpoint.

@@ -22,7 +22,12 @@ from ..levels import (
 )
 from ..recompute import run_at
 from ..runs import Place, run_in
-from .forward_contexts import checkpointed, checkpointing_selectively, convert_late_modules_if_outermost
+from .forward_contexts import (
+    checkpointed,
+    checkpointing_selectively,
+    convert_late_modules_if_outermost,
+    takes_checkpoints,
+)
 from .layers import count_matrices, has_forward, layers_of
 from .module_tree import modules_of, named_modules, names_fitting
 from .rules.rule import Forward
@@ -61,7 +66,7 @@ class AtLevel:
     def _compiled(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not self.may_repeat or not (self.places or discards_outputs(self.level)):
             return forward(module, *args, **kwargs)
-        if self.places:
+        if self.places and takes_checkpoints():
             return checkpointed(forward, module, args, kwargs)
         return checkpointing_selectively(forward, module, args, kwargs)
 

@@ -168,7 +168,7 @@ def group_norm(
     Raises:
         RuntimeError: a shape, dtype or device is not as described above; or `num_groups` does not divide the
             channels.
-        ValueError: the activation is unknown.
+        ValueError: the activation is unknown, or there is one value for each group in all.
         TypeError: an argument is not of the expected type.
 
     Example:
@@ -188,6 +188,8 @@ def group_norm(
     groups = whole(num_groups, "num_groups")
     if groups < 1 or input.shape[1] % groups:
         raise RuntimeError(f"num_groups is {groups}; expected a divisor of the channels of {shape_of(input)}")
+    if input.numel() == groups:
+        raise ValueError(f"input has shape {shape_of(input)}; expected more than 1 value for each of {groups} groups")
     options = ops.channel_steps.Options(int(groups), number(eps, "eps"), activation_name(activation))
     thin.remember(thin.channel_norm.channel_norm(input, None, weight, bias, options), *call)
     input, weight, bias = autocast(input, weight, bias)

@@ -9,7 +9,7 @@ from torch.fx import Proxy
 from .. import functional as F
 from ..activations import Activation, activation_name
 from ..arguments import probability
-from .extras import extras, recorded, weight_and_bias
+from .extras import extras, recorded, row_shape, weight_and_bias
 from .row_norm import RMSNorm
 
 
@@ -53,7 +53,7 @@ class AddLayerNorm(nn.LayerNorm):
         activation: Activation = "identity",
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        super().__init__(row_shape(normalized_shape), eps, elementwise_affine, bias, device, dtype)
         self.activation = activation_name(activation)
         self.dropout = probability(dropout, "dropout")
 
@@ -119,7 +119,7 @@ class AddRMSNorm(RMSNorm):
         cast_before_weight: bool = False,
     ) -> None:
         super().__init__(
-            normalized_shape,
+            row_shape(normalized_shape),
             eps,
             elementwise_affine,
             device,

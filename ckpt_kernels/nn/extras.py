@@ -1,16 +1,24 @@
 """Helpers that the modules share: checks and text of settings, reads of parameters, and calls in torch.fx graphs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
+from ..arguments import size
+from ..functional.checks import normalized
+
 
 def extras(**settings: tuple[object, object]) -> str:
     """Text ", name=value" for each setting that differs from its default, given as name=(value, default)."""
     return "".join(f", {name}={value!r}" for name, (value, default) in settings.items() if value != default)
+
+
+def row_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    """The shape of the normalised rows; TypeError or ValueError unless these are sizes."""
+    return tuple([size(each, "normalized_shape") for each in normalized(normalized_shape)])
 
 
 _search, _search_of_objects = nn.Module.__getattr__, object.__getattribute__

@@ -9,7 +9,7 @@ from torch.fx import Proxy
 from .. import functional as F
 from ..activations import Activation, activation_name
 from ..arguments import flag
-from .extras import extras, recorded
+from .extras import extras, recorded, row_shape
 
 
 class GatedRMSNorm(nn.RMSNorm):
@@ -49,7 +49,7 @@ class GatedRMSNorm(nn.RMSNorm):
         activation: Activation = "silu",
         norm_before_gate: bool = True,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        super().__init__(row_shape(normalized_shape), eps, elementwise_affine, device, dtype)
         self.activation = activation_name(activation)
         self.norm_before_gate = flag(norm_before_gate, "norm_before_gate")
 

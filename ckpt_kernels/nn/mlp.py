@@ -165,6 +165,10 @@ class GatedMLP(nn.Module):
         self.activation = activation_name(activation)
         self.dropout = probability(dropout, "dropout")
         self.packed, self.layout = packed, layout_name(layout)
+        if not packed and layout != "gate_first":
+            raise ValueError(
+                f"layout is {layout!r} and packed is {packed}; expected a layout only where packed is True"
+            )
         self.recompute, self.tiles = level_name(recompute), tiles
         tiles_for(tiles, recompute)
 

@@ -8,7 +8,7 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
-from .extras import extras, recorded
+from .extras import extras, recorded, row_shape
 from .row_norm import LayerNorm
 
 
@@ -90,7 +90,7 @@ class ModulatedRMSNorm(nn.RMSNorm):
         activation: Activation = "identity",
         pre_activation: Activation = "identity",
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        super().__init__(row_shape(normalized_shape), eps, elementwise_affine, device, dtype)
         self.activation = activation_name(activation)
         self.pre_activation = activation_name(pre_activation, "pre_activation")
 

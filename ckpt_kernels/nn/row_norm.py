@@ -9,7 +9,7 @@ from torch.fx import Proxy
 from .. import functional as F
 from ..activations import Activation, activation_name
 from ..arguments import flag, number
-from .extras import extras, recorded, weight_and_bias
+from .extras import extras, recorded, row_shape, weight_and_bias
 
 
 class LayerNorm(nn.LayerNorm):
@@ -53,7 +53,7 @@ class LayerNorm(nn.LayerNorm):
         activation: Activation = "identity",
         pre_activation: Activation = "identity",
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        super().__init__(row_shape(normalized_shape), eps, elementwise_affine, bias, device, dtype)
         self.activation = activation_name(activation)
         self.pre_activation = activation_name(pre_activation, "pre_activation")
 
@@ -122,7 +122,7 @@ class RMSNorm(nn.RMSNorm):
         cast_before_weight: bool = False,
     ) -> None:
         self.weight_offset = number(weight_offset, "weight_offset")
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        super().__init__(row_shape(normalized_shape), eps, elementwise_affine, device, dtype)
         self.activation = activation_name(activation)
         self.pre_activation = activation_name(pre_activation, "pre_activation")
         self.cast_before_weight = flag(cast_before_weight, "cast_before_weight")

@@ -66,6 +66,9 @@ class GroupNorm(Norm):
         has_both_or_neither = (module.weight is None) is (module.bias is None)
         if not has_both_or_neither or type(module.num_groups) is not int or module.num_groups <= 0:
             return None
+        # Torch refuses one value for each group.
+        if input.numel() == module.num_groups:
+            return None
         # For other layouts eager torch keeps a contiguous copy, and not the tensor that the input may be a view of.
         input = input if is_dense_map(input) else input.contiguous()
         return F.group_norm(input, module.num_groups, module.weight, module.bias, module.eps, activation=activation)
