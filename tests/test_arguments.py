@@ -152,7 +152,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "least": (lambda: offload.offload(MODEL, "*", least=True), TypeError, "least is True; expected a whole number"),
     "rotary_dim": (lambda: nn.Rotary(8, rotary_dim=10), ValueError, "rotary_dim 10; expected an even number"),
     **{
-        f"shape of {name}": (lambda kind=getattr(nn, name): kind(8.0), TypeError, "normalized_shape is 8.0; expected a")
+        f"shape of {name}": (lambda n=name: getattr(nn, n)(8.0), TypeError, "normalized_shape is 8.0; expected a")
         for name in ("LayerNorm", "RMSNorm", "AddLayerNorm", "AddRMSNorm", "GatedRMSNorm", "ModulatedLayerNorm")
     },
     "negative shape": (lambda: nn.LayerNorm(-1), ValueError, "normalized_shape is -1; expected"),
