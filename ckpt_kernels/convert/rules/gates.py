@@ -144,13 +144,24 @@ def clamps_or_casts(function: types.FunctionType) -> bool:
 
 def outline_of_method(module: nn.Module, method: types.FunctionType) -> GateOutline | None:
     """The parts of the module that a method reads; None if the method must not be tried, or is no gate."""
+    result = _gate_or_reason(module, method)
+    return None if isinstance(result, str) else result.outline
+
+
+def why_no_gate(module: nn.Module) -> str:
+    """Why a module whose forward takes parts of a tensor is no gate of ours; "" for any other module."""
+    result = _gate_or_reason(module, type(module).forward)
+    return result if isinstance(result, str) else ""
+
+
+def _gate_or_reason(module: nn.Module, method: Any) -> TriedGate | str:
+    """The gate that a method of the module computes, or why none; "" for a method that takes no parts of a tensor."""
     if not may_be_gate(method, 1):
-        return None
+        return ""
     try:
-        outline = _outline(module, method)
-    except NotTriable:
-        return None
-    return None if gate_of_method(type(module), method, outline) is None else outline
+        return _tried_method(type(module), method, _outline(module, method))
+    except NotTriable as error:
+        return str(error)
 
 
 def _outline(module: nn.Module, method: types.FunctionType) -> GateOutline:
@@ -162,18 +173,6 @@ def _outline(module: nn.Module, method: types.FunctionType) -> GateOutline:
     if not loads_plainly(kind, *reader.settings) or not only_instances_define(kind, *reader.activations):
         raise NotTriable("loads its attributes by code of its class")
     return GateOutline(tuple(sorted(reader.settings.items())), tuple(sorted(reader.activations.items())))
-
-
-def why_no_gate(module: nn.Module) -> str:
-    """Why a module whose forward takes parts of a tensor is no gate of ours; "" for any other module."""
-    kind: Any = type(module)
-    if not may_be_gate(kind.forward, 1):
-        return ""
-    try:
-        result = _tried_method(kind, kind.forward, _outline(module, kind.forward))
-    except NotTriable as error:
-        return str(error)
-    return result if isinstance(result, str) else ""
 
 
 def gate_of_method(kind: type[nn.Module], method: types.FunctionType, outline: GateOutline) -> TriedGate | None:
