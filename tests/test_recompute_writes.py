@@ -146,7 +146,8 @@ def test_another_level_holds_for_its_context_alone(products: bool, level: str) -
 
 def test_a_closed_context_holds_nothing() -> None:
     x = torch.ones(4, WIDTH, device=DEVICE, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), recompute.discard_outputs():
+    module = torch.nn.Linear(WIDTH, WIDTH, device=DEVICE)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), recompute.discard_outputs(module):
         discarder = thread.active[-1]
         h = F.layer_norm(x, WIDTH)
         total = h + x[:1]
@@ -155,9 +156,10 @@ def test_a_closed_context_holds_nothing() -> None:
         discarder.boundaries.add(h)
         discarder.announced = Announced(None, False, None)
         assert discarder.outer is not None and len(discarder.all_entries) and discarder.boundaries
-        assert small.tensor is not None
+        assert small.tensor is not None and discarder.biases.is_unchanged(module.bias)
     assert discarder.outer is discarder.announced is small.tensor is None
     assert not len(discarder.all_entries) and not discarder.boundaries
+    assert not discarder.biases.is_unchanged(module.bias)
 
 
 def test_a_context_around_foreign_hooks_does_not_see_tensors() -> None:

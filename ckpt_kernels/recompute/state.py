@@ -18,8 +18,9 @@ from .stacked_weights import StackedWeights, stacked_weights_of
 
 # The ops that may run again, at the levels where products may; at other levels they are `RULES`.
 _RULES_AT = {"all": RULES_AND_PRODUCTS, "layer": RULES_IN_LAYERS}
-# The same for every context without a module.
+# The same for every context without a module; and for every closed context.
 _ANY_BIAS, _NO_STACKED_WEIGHTS = Biases(None), StackedWeights(None)
+_NO_BIAS = Biases(nn.Module())
 
 
 class State:
@@ -90,6 +91,7 @@ class State:
         self.is_closed = True
         # Nodes refer to this context longer than they keep tensors, and the outer hooks may hold tensors.
         self.outer = None
+        self.biases, self.stacked = _NO_BIAS, _NO_STACKED_WEIGHTS
         self.all_entries.clear()
         self.boundaries.clear()
         if self.small_operands:
