@@ -326,3 +326,12 @@ def test_a_trace_has_no_checkpoints() -> None:
     ckpt_kernels.convert(net, recompute={"*": "checkpoint"})
     x = torch.linspace(-1, 1, 2 * WIDTH).view(2, WIDTH)
     torch.testing.assert_close(torch.jit.trace(net, torch.ones(2, WIDTH))(x), net(x))
+
+
+def test_a_forward_within_vmap_is_not_repeated_outside() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(2)))
+    x = torch.linspace(-1, 1, 2 * WIDTH).view(2, 1, WIDTH)
+    expected = torch.autograd.grad(torch.vmap(net)(x).exp().sum(), list(net.parameters()))
+    ckpt_kernels.convert(net, recompute={"*": "checkpoint"})
+    torch.testing.assert_close(torch.autograd.grad(torch.vmap(net)(x).exp().sum(), list(net.parameters())), expected)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..nested_values import tensors_among
+from ..ops.registration import is_transformed
 from ..recompute.transforms import allow_transforms
 from .arguments import are_plain
 from .calls import Call, Place, is_sharded
@@ -53,9 +54,9 @@ def run_in(
     is_within = thread.within or thread.repeating
     if is_within or not torch.is_grad_enabled() or not hooks._saved_tensors_hooks_is_enabled():
         return inside(*args, **kwargs)
-    # A second pass outside of the differentiation would lack the tangents, and a trace would record the first pass's
-    # bookkeeping.
-    if torch.autograd.forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
+    # A second pass outside of a transform would lack its tangents or batches, and a trace would record the bookkeeping
+    # of the first pass.
+    if is_transformed():
         return inside(*args, **kwargs)
     if not are_plain((*args, *kwargs.values())):
         return inside(*args, **kwargs)
