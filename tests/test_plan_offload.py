@@ -4,6 +4,8 @@ import itertools
 import pathlib
 import random
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,12 @@ from ckpt_kernels import DoesNotFit, Plan, offload, plan
 from ckpt_kernels.plan.bench import Bench
 from ckpt_kernels.plan.chain import predicted
 from ckpt_kernels.plan.costs import FIXED, Assignment, Checkpoint, Checkpointed, Cost, Stage, StageAt, stages_of
+from ckpt_kernels.plan.marks import Position, Segment
 from ckpt_kernels.plan.measure import Measurements, measure_choices
-from ckpt_kernels.plan.offloading import Solutions, is_offloaded
+from ckpt_kernels.plan.offloading import Solutions, is_offloaded, offloaded_cost
+from ckpt_kernels.plan import stages as stages_module
+from ckpt_kernels.plan.stages import Stages
+from ckpt_kernels.plan.trials import Trials
 
 from .planned_models import Layer, loss_of, made, peak, plan_of
 from .simulated_steps import simulated
@@ -105,6 +111,94 @@ def test_alike_layers_are_predicted_exactly() -> None:
     stages.append(Stage("after", "", 0, 2, {FIXED: Cost(1, 3, 4, 0.1, 0.1)}, alike=1))
     parts = (*(StageAt(index, "output, offload") for index in range(4)), StageAt(4, FIXED))
     assert predicted(stages, parts)[0] == simulated(stages, parts)[0] == 2 + 11 + 8 + 11
+
+
+def test_the_cost_of_a_layer_is_that_without_the_tensors_of_others() -> None:
+    """In a step with all layers offloaded, each layer's pass finds its own tensors and prefetches those before."""
+    moved, kept, inputs, scratch, gradients, gap = [10, 20, 40], [3, 0, 7], [5, 6, 0], [2, 9, 4], [1, 0, 8], 11
+    memory: dict[Position, Segment] = {}
+    for index in range(3):
+        # The caller frees the layer's input after the layer. The code after the last layer takes more than elsewhere.
+        memory["forward", index] = Segment(0.0, kept[index] + inputs[index], 99)
+        memory["forward_gap", index + 1] = Segment(0.0, gap - inputs[index] + (1 if index == 2 else 0), 99)
+        before = moved[index - 1] if index else 0
+        fetched = moved[index] if index == 2 else 0
+        freed = kept[index] + moved[index] - gradients[index]
+        memory["backward", index] = Segment(0.0, before + fetched - freed, before + fetched + scratch[index])
+    for index in range(3):
+        expected = kept[index], moved[index] + scratch[index], gradients[index]
+        assert offloaded_cost(memory, moved, gap, index) == expected
+    # What the code after a layer frees beside the input is not the layer's.
+    memory["forward_gap", 1] = Segment(0.0, gap - 50, 99)
+    assert offloaded_cost(memory, moved, gap, 0)[0] == 0
+
+
+def stages_of_steps(choices: dict[str, tuple[int, int, tuple[int, int]]]) -> list[Stage]:
+    """The stages "b", the code behind, "a", and the code behind of a model whose layers are named "a" and "b".
+
+    Of each choice: what a layer keeps, the net bytes of the code after a layer, and the bytes that "a" and "b" move.
+    Each layer's backward pass takes 30 bytes beside tensors from host memory.
+    """
+    memory: dict[str, Any] = {}
+    for choice, (kept, gap, (last, first)) in choices.items():
+        memory[choice] = {
+            **{(f"{way}_gap", index): Segment(0.1, 0, 0) for way in ("forward", "backward") for index in range(3)},
+            **{("forward", index): Segment(1.0, kept, 95) for index in range(2)},
+            ("backward", 1): Segment(2.0, first - kept, first + last + 30),
+            ("backward", 0): Segment(2.0, -first - kept, 30),
+        }
+        memory[choice] |= {("forward_gap", index): Segment(0.1, gap, gap) for index in (1, 2)}
+    recorders = {
+        choice: SimpleNamespace(outputs={0: 7, 1: 7}, follows={0: False, 1: False}, offloaded=dict(enumerate(moved)))
+        for choice, (_, _, moved) in choices.items()
+    }
+    trials: Any = SimpleNamespace(recorders=recorders, memory=memory, not_repeatable=(), not_repeatable_in_runs=())
+    trials.layer_peaks = lambda choice, index: Trials.layer_peaks(trials, choice, index)
+    seconds: Any = SimpleNamespace(of=lambda position, choice: memory[choice][position].seconds)
+    model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Tanh()})
+    bench: Any = SimpleNamespace(names=["a", "b"], model=model, device=torch.device("cpu"))
+    found, names = Stages(bench, ["b", "a"], trials, seconds).stages()
+    assert names == ["b", "", "a", ""]
+    return found
+
+
+@pytest.fixture
+def half_a_second_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages_module, "seconds_per_byte", lambda device: 0.5)
+
+
+@pytest.mark.usefixtures("half_a_second_a_byte")
+def test_the_costs_of_offloaded_layers() -> None:
+    first, gap, last, after = stages_of_steps(
+        {
+            "none": (90, 4, (0, 0)),
+            "output": (60, 6, (0, 0)),
+            "all": (50, 5, (0, 0)),
+            "output, offload": (8, 3, (40, 3)),
+            "all, offload": (9, 3, (50, 0)),
+            "layer, offload": (7, 9, (60, 0)),
+        }
+    )
+    # The code after a layer frees 3 bytes more than at "output": those of the layer's input.
+    assert first.costs["output, offload"] == Cost(5, 95, 33, 1.5, 2.0, may_be_inside=False, offloaded=3)
+    assert last.costs["output, offload"] == Cost(5, 95, 70, 20.0, 20.0, may_be_inside=False, offloaded=40)
+    # A level that keeps, and moves, more than another as fast is left out. So is one that moves nothing.
+    assert [*first.costs] == ["all", "output, offload"] and [*last.costs] == ["all", "output, offload"]
+    assert first.left == last.left == 0
+    # For the code between, the choice of most bytes among those of converted layers without offload.
+    assert gap.costs[FIXED].kept == after.costs[FIXED].kept == 6
+    assert not any(stage.checkpointed for stage in (first, last))
+
+
+@pytest.mark.usefixtures("half_a_second_a_byte")
+def test_layers_may_fit_only_if_offloaded() -> None:
+    """Where a step with all layers at any other choice but a checkpoint does not fit."""
+    first, _, last, _ = stages_of_steps({"checkpoint": (10, 4, (0, 0)), "output, offload": (8, 3, (40, 3))})
+    assert [*first.costs] == [*last.costs] == ["output, offload"]
+    assert first.checkpointed is None and last.costs["output, offload"].kept == 7
+    first, _, last, _ = stages_of_steps({"output, offload": (8, 3, (40, 3))})
+    assert [*first.costs] == [*last.costs] == ["output, offload"]
+    assert last.costs["output, offload"].kept == 8
 
 
 @pytest.fixture(scope="module")
