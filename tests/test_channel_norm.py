@@ -295,6 +295,12 @@ def test_bad_input_is_a_named_error(case: str) -> None:
         call()
 
 
+def test_two_values_per_group_are_normalized() -> None:
+    x = torch.tensor([[[1.0, 3.0], [-8.0, -4.0]]])
+    expected = torch.tensor([[[-1.0, 1.0], [-1.0, 1.0]]])
+    torch.testing.assert_close(F.group_norm(x, 2), expected, rtol=1e-4, atol=0)
+
+
 def test_running_statistics_are_unchanged_after_an_error() -> None:
     norm = nn.BatchNorm1d(6)
     norm(X)

@@ -463,3 +463,19 @@ def test_patched_functions_of_torch_run(
         assert close(results_of(converted, rows()), patched)
         monkeypatch.undo()
         assert close(results_of(converted, rows()), results_of(model, rows()))
+
+
+class GroupedByFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, WIDTH)
+
+
+def test_one_value_for_each_group_is_torchs_error() -> None:
+    model, converted = twins(GroupedByFunction)
+    assert replacement_of(ckpt_kernels.convert(converted), "") == "group_norm"
+    messages = set()
+    for each in (model, converted):
+        with pytest.raises(ValueError, match="Expected more than 1 value") as error:
+            each(torch.randn(1, WIDTH, 1))
+        messages.add(str(error.value))
+    assert len(messages) == 1

@@ -1,6 +1,7 @@
 """Subclasses of torch's norms that call `super().forward`."""
 
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_kernels
+from ckpt_kernels.convert.code.scope import UNKNOWN, Scope
+from ckpt_kernels.convert.code.source import tree_of
 
 from .conversion import WIDTH, close, kept, random_tensor, reason_of, replacement_of, results_of, twins
 
@@ -108,6 +111,10 @@ def test_a_patched_norm_runs_as_patched(monkeypatch: pytest.MonkeyPatch) -> None
     with monkeypatch.context() as patch:
         patch.setattr(nn.functional, "group_norm", lambda input, *args: 0 * input)
         assert not model[1](model[0](x)).any()
+    with monkeypatch.context() as patch:
+        # No method is bound.
+        patch.setattr(nn.GroupNorm, "forward", staticmethod(lambda input: 0 * input))
+        assert not model[1](model[0](x)).any()
     torch.testing.assert_close(model(x), expected)
 
 
@@ -128,11 +135,83 @@ def test_super_is_that_of_the_module_s_class() -> None:
     assert close(results_of(model, x), results_of(twin, x))
 
 
+def called(self: nn.Module) -> nn.Module:
+    return self
+
+
+class Lookups(Doubled):
+    """Methods of one statement each, which looks `forward` up."""
+
+    def plain(self) -> Any:
+        return super().forward
+
+    def of_a_class(self) -> Any:
+        return super(Lookups, self).forward  # noqa: UP008
+
+    def of_a_base(self) -> Any:
+        return super(Doubled, self).forward
+
+    def of_a_later_base(self) -> Any:
+        return super(nn.GroupNorm, self).forward
+
+    def inherited(self) -> Any:
+        return super().reset_parameters
+
+    def of_another_object(self, other: Any) -> Any:
+        return super(Lookups, other).forward
+
+    def of_a_class_alone(self) -> Any:
+        return super(Lookups).forward
+
+    def of_no_base(self) -> Any:
+        return super(nn.LayerNorm, self).forward
+
+    def of_a_rebound_object(self) -> Any:
+        return super().forward if (self := nn.GroupNorm(1, 1)) else None  # noqa: F841
+
+    def by_a_function(self) -> Any:
+        return called(self).forward
+
+    def by_the_class(self) -> Any:
+        return __class__().forward
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("plain", Doubled.forward),
+        ("of_a_class", Doubled.forward),
+        ("of_a_base", nn.GroupNorm.forward),
+        ("of_a_later_base", nn.Module.forward),
+        ("inherited", nn.GroupNorm.reset_parameters),
+        *((f"of_{kind}", UNKNOWN) for kind in ("another_object", "a_class_alone", "no_base", "a_rebound_object")),
+        *((f"by_{kind}", UNKNOWN) for kind in ("a_function", "the_class")),
+    ],
+)
+def test_what_super_finds(method: str, expected: Any) -> None:
+    function: types.FunctionType = vars(Lookups)[method]
+    tree: Any = tree_of(function)
+    value = tree.body[-1].value
+    found = Scope(function, tree, Lookups(4, WIDTH)).value(getattr(value, "body", value))
+    assert found is expected
+    if expected is not UNKNOWN:
+        assert function(Lookups(4, WIDTH)).__func__ is expected
+
+
 def test_other_inputs_and_settings_run_as_written() -> None:
     model, twin = twins(lambda: GroupNorm32(4, WIDTH))
     ckpt_kernels.convert(model)
     for x in (random_tensor(4, WIDTH), random_tensor(4, WIDTH, 3).double(), random_tensor(4, WIDTH, 2, 2, 2)):
         torch.testing.assert_close(model(x), twin(x), rtol=1e-5, atol=1e-6)
+    # Torch refuses one value for each group.
+    alone = [nn.Sequential(GroupNorm32(WIDTH, WIDTH)) for _ in range(2)]
+    ckpt_kernels.convert(alone[0])
+    messages = set()
+    for each in alone:
+        with pytest.raises(ValueError, match="Expected more than 1 value") as error:
+            each(random_tensor(1, WIDTH, 1))
+        messages.add(str(error.value))
+    assert len(messages) == 1
     for each in (model, twin):
         each.eps = 0.5
     x = random_tensor(4, WIDTH, 8, 8)

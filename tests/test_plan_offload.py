@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import DoesNotFit, Plan, offload, plan
+from ckpt_kernels.levels import OF_MODULES, Policy
+from ckpt_kernels.plan import offloading
+from ckpt_kernels.plan import stages as stages_module
 from ckpt_kernels.plan.bench import Bench
 from ckpt_kernels.plan.chain import predicted
 from ckpt_kernels.plan.costs import FIXED, Assignment, Checkpoint, Checkpointed, Cost, Stage, StageAt, stages_of
 from ckpt_kernels.plan.marks import Position, Segment
 from ckpt_kernels.plan.measure import Measurements, measure_choices
 from ckpt_kernels.plan.offloading import Solutions, is_offloaded, offloaded_cost
-from ckpt_kernels.plan import stages as stages_module
 from ckpt_kernels.plan.stages import Stages
 from ckpt_kernels.plan.trials import Trials
 
@@ -89,6 +91,29 @@ def test_the_optimum_of_small_chains(seed: int) -> None:
         # Checkpoints over three layers, and several in one chain, were not tried.
         assert seconds <= best + 1e-9
         assert any(isinstance(part, Checkpoint) for part in found) or seconds == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_optimum_of_alike_layers(seed: int) -> None:
+    """The layers share their number, and so their fronts within checkpoints."""
+    first, *_, after = chain(random.Random(seed), 1)
+    layers = [replace(first, name=f"s{index}", follows=index > 0) for index in range(3)]
+    stages = [*layers, after]
+    solutions = Solutions(stages)
+    tried = [predicted(stages, found) for found in assignments(stages)]
+    for memory in {need for need, _ in tried}:
+        found = solutions.best(memory)
+        assert found is not None
+        need, seconds = predicted(stages, found)
+        assert need <= memory and seconds == pytest.approx(solutions.front.at(memory))
+        assert seconds <= min(seconds for need, seconds in tried if need <= memory) + 1e-9
+
+
+def test_a_thinned_front_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = chain(random.Random(0), 2)
+    assert not Solutions(stages).is_thinned
+    monkeypatch.setattr(offloading, "_LIMIT", 2)
+    assert Solutions(stages).is_thinned
 
 
 def test_predictions_are_no_less_than_the_simulated_peak() -> None:
@@ -196,9 +221,24 @@ def test_layers_may_fit_only_if_offloaded() -> None:
     first, _, last, _ = stages_of_steps({"checkpoint": (10, 4, (0, 0)), "output, offload": (8, 3, (40, 3))})
     assert [*first.costs] == [*last.costs] == ["output, offload"]
     assert first.checkpointed is None and last.costs["output, offload"].kept == 7
-    first, _, last, _ = stages_of_steps({"output, offload": (8, 3, (40, 3))})
+    found = stages_of_steps({"output, offload": (8, 3, (40, 3))})
+    first, _, last, _ = found
     assert [*first.costs] == [*last.costs] == ["output, offload"]
     assert last.costs["output, offload"].kept == 8
+    assert Solutions(found).best(10**6) == tuple(
+        StageAt(index, next(iter(stage.costs))) for index, stage in enumerate(found)
+    )
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_nothing_is_prefetched_in_the_pass_of_the_first_layer(before: int) -> None:
+    """If that pass has the largest peak, the prediction is exact, with code before that layer and without."""
+    code = Stage("code", "", 0, 0, {FIXED: Cost(0, 1, 1, 0.1, 0.1)})
+    costs = [Cost(0, 15, own + 11, 1.0, 2.0, may_be_inside=False, offloaded=11) for own in (100, 8, 8)]
+    layers = [Stage(f"layer {index}", "Layer", 1, 0, {"all, offload": cost}) for index, cost in enumerate(costs)]
+    stages = [*[code] * before, *layers, Stage("after", "", 0, 2, {FIXED: Cost(1, 3, 4, 0.1, 0.1)})]
+    parts = tuple(StageAt(index, *stage.costs) for index, stage in enumerate(stages))
+    assert predicted(stages, parts)[0] == simulated(stages, parts)[0] == 2 + 100 + 11
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +271,31 @@ def test_all_layers_may_be_offloaded(measured: tuple[nn.Module, Bench, Measureme
     _, _, found = measured
     assert all(any(map(is_offloaded, stage.costs)) for stage in found.stages if stage.kind)
     assert any("simulated" in note for note in found.notes)
+
+
+def test_the_choices_that_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without offload none of them; with it, also offload in as many tiles as helped."""
+    recorded: list[str] = []
+
+    def record(trials: Trials, choice: str) -> bool:
+        recorded.append(choice)
+        trials.recorders[choice] = SimpleNamespace(shapes={0: (((2, 512, 8), ""),)}, outputs={0: 1})  # type: ignore
+        peak = 100 // (Policy.of(choice, OF_MODULES, "choice").tiles or 1)
+        trials.memory[choice] = {(way, 0): Segment(0.0, 0, peak) for way in ("forward", "backward")}
+        trials.peaks[choice] = peak
+        return True
+
+    monkeypatch.setattr(Trials, "_record", record)
+    bench: Any = SimpleNamespace(device=torch.device("cpu"))
+    for tiles in ((), (2, 4)):
+        recorded.clear()
+        Trials(bench).run(tiles)
+        assert recorded and not any(map(is_offloaded, recorded))
+        recorded.clear()
+        Trials(bench).run(tiles, offload=True)
+        spelled = ["{}, offload", "{}, tiles=4, offload"] if tiles else ["{}, offload"]
+        expected = [each.format(level) for each in spelled for level in ("output", "all", "layer")]
+        assert [*filter(is_offloaded, recorded)] == expected
 
 
 class Counting(Layer):
