@@ -98,6 +98,23 @@ def test_blocks_of_maps_in_any_layout_give_the_bits_of_the_full_path(
     assert all(map(torch.equal, found, expected)) and [t.stride() for t in found] == [t.stride() for t in expected]
 
 
+@pytest.mark.parametrize("of_residual", MAPS)
+@pytest.mark.parametrize("maps", ["planes", "channels last"])
+def test_a_residual_in_any_layout_gives_the_bits_of_the_full_path(maps: str, of_residual: str) -> None:
+    x, residual, grad = torch.randn(3, 2, 4, 5, 3)
+
+    def step() -> list[Tensor]:
+        inputs = [MAPS[maps](x).requires_grad_(), MAPS[of_residual](residual).requires_grad_()]
+        output = functional.batch_norm(inputs[0], None, None, training=True, activation="silu", residual=inputs[1])
+        return [output, *torch.autograd.grad(output, inputs, grad)]
+
+    step()  # makes the plan
+    found = step()
+    with full_path():
+        expected = step()
+    assert all(map(torch.equal, found, expected)) and [t.stride() for t in found] == [t.stride() for t in expected]
+
+
 @pytest.mark.parametrize("limit", [None, 1.0])
 @pytest.mark.parametrize("of_gradient", STRIDES)
 def test_halves_of_rows_run_by_a_plan(counted: Counted, of_gradient: str, limit: float | None) -> None:
