@@ -323,6 +323,9 @@ def test_repr_of_modules() -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_running_statistics_that_torch_rejects(training: bool) -> None:
     x, mean, var = randn(3, 4, 6), torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
+    # Later calls of the same shape may take a shorter way.
+    F.batch_norm(x, mean.clone(), var.clone(), training=training)
+    F.instance_norm(x, mean.clone(), var.clone(), use_input_stats=training)
     for given in ((mean, None), (None, var)):
         with pytest.raises(ValueError, match="expected both or neither"):
             F.batch_norm(x, *given, training=training)
@@ -332,6 +335,14 @@ def test_running_statistics_that_torch_rejects(training: bool) -> None:
         for call in (torch.nn.functional.batch_norm, F.batch_norm):
             with pytest.raises(RuntimeError):
                 call(x, *given, training=training)
+
+
+def test_a_pass_in_training_leaves_the_graph_of_one_in_evaluation() -> None:
+    x, norm = randn(3, 4, 6), nn.BatchNorm1d(4).to(DEVICE).eval()
+    output = norm(x)
+    norm.train()(x)
+    (gradient,) = torch.autograd.grad(output.sum(), norm.weight)
+    torch.testing.assert_close(gradient, (x / (1 + norm.eps) ** 0.5).sum((0, 2)), rtol=1e-4, atol=1e-4)
 
 
 def test_an_interrupt_leaves_gradients_on() -> None:
