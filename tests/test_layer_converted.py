@@ -254,3 +254,27 @@ def test_two_inputs_of_one_node(is_written: bool) -> None:
         return torch.autograd.grad(forward(*Both.apply(x)).square().mean(), module.second.weight)[0]
 
     torch.testing.assert_close(weight(layer(forward)), weight(forward))
+
+
+def test_products_outside_of_layers_run_again() -> None:
+    """At "layer" as at "all": of the products, only those that nothing after can recompute are kept."""
+
+    class WithTail(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([PreNorms()])
+            self.up, self.down = nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(8 * WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            h = self.up(x)
+            return self.down(h * h.sigmoid() * h.tanh())
+
+    kept = {}
+    for level in ("output", "all", "layer"):
+        torch.manual_seed(0)
+        model = WithTail().to(DEVICE)
+        ckpt_kernels.convert(model, recompute=level)
+        kept[level] = saved_bytes(model, torch.randn(2, 8, WIDTH, device=DEVICE).requires_grad_())
+    assert kept["layer"] <= kept["all"] < kept["output"]

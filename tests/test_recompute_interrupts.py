@@ -120,6 +120,33 @@ def test_hooks_that_are_left_open_stay_the_innermost() -> None:
         hooks.__enter__()
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) == (hooks.pack_hook, hooks.unpack_hook)
     hooks.__exit__()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    with recompute.discard_outputs():
+        pass
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def test_several_hooks_that_are_left_open_keep_their_order() -> None:
+    top = torch._C._autograd._top_saved_tensors_default_hooks
+    first, second = (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor) for _ in range(2)
+    )
+    with recompute.discard_outputs():
+        first.__enter__()
+        second.__enter__()
+    for hooks in (second, first):
+        assert top(True) == (hooks.pack_hook, hooks.unpack_hook)
+        hooks.__exit__()
+    assert top(True) is None
+
+
+def test_the_end_of_a_context_removes_the_hooks_of_one_closed_in_another_thread() -> None:
+    outer = recompute.discard_outputs()
+    outer.__enter__()
+    thread = threading.Thread(target=outer.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     with recompute.discard_outputs():
         pass
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
