@@ -266,8 +266,8 @@ def test_products_outside_of_layers_run_again() -> None:
             self.up, self.down = nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(8 * WIDTH, WIDTH)
 
         def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = layer(x)
+            for each in self.layers:
+                x = each(x)
             h = self.up(x)
             return self.down(h * h.sigmoid() * h.tanh())
 

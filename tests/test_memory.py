@@ -231,6 +231,29 @@ def test_threads_measure_in_turn() -> None:
     assert peaks == [4000] * 20
 
 
+def test_a_measurement_begins_after_the_end_of_that_of_another_thread() -> None:
+    began = threading.Event()
+    peaks: list[int] = []
+
+    def measured() -> None:
+        def fn() -> None:
+            began.set()
+            torch.ones(1000)
+
+        peaks.append(memory.peak_bytes(fn))
+
+    other = threading.Thread(target=measured)
+
+    def fn() -> None:
+        other.start()
+        assert not began.wait(0.1)
+        torch.ones(500)
+
+    peaks.append(memory.peak_bytes(fn))
+    other.join()
+    assert peaks == [2000, 4000]
+
+
 def test_a_bad_device_is_an_error() -> None:
     with pytest.raises(TypeError, match="device is a Tensor; expected"):
         memory.peak_bytes(lambda: None, torch.ones(3))  # type: ignore[arg-type]
