@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -389,6 +390,19 @@ def test_errors_of_options_do_not_blame_the_model(
         pytest.skip("there is no full device")
     status, _, err = answer(capsys, name, "tests.test_cli:one_tensor", *options)
     assert status == 2 and said in err and "cannot be run" not in err
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_plans_with_offload(given: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    found: list[Any] = []
+
+    def planned(*args: Any, offload: bool, **kwargs: Any) -> str:
+        found.append(offload)
+        return "the plan"
+
+    monkeypatch.setattr(cli, "plan", planned)
+    status, out, _ = answer(capsys, "plan", "tests.test_cli:one_tensor", *["--offload"] * given)
+    assert (status, out.strip(), found) == (0, "the plan", [given])
 
 
 @pytest.mark.parametrize(("error", "said"), ((BrokenPipeError(), ""), (OSError("no space"), "cannot be written to")))

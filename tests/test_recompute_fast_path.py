@@ -23,6 +23,7 @@ from ckpt_kernels.recompute.discarder import Discarder
 from ckpt_kernels.recompute.entries import Block, Entry
 from ckpt_kernels.recompute.provenance import Trace
 from ckpt_kernels.recompute.recipes import Claim, Recipe
+from ckpt_kernels.recompute.untracked import untracked
 
 from .discarded_outputs import Parameters, model_of_all, random_tensor, same_bits, shows_saved
 from .packed_cells import all_described, cells_of, described, python_only
@@ -355,6 +356,33 @@ def test_objects_made_in_c_have_every_slot() -> None:
     kept = next(cell for _, _, cell in cells_of(read) if isinstance(cell.content, Kept))
     for made in (claim, claim.recipe, block, block.entry, kept, kept.content):
         assert not [name for name in type(made).__slots__ if name != "__weakref__" and not hasattr(made, name)]
+
+
+def test_a_class_without_the_collector_is_as_one_with_slots() -> None:
+    class Three:
+        """Three attributes."""
+
+        __slots__ = ("__weakref__", "first", "second", "third")
+
+        def __init__(self, first: Any, second: Any) -> None:
+            self.first, self.second = first, second
+
+        def both(self) -> list[Any]:
+            return [self.first, self.second]
+
+    made: Any = untracked(Three)
+    assert made is not Three and (made.__name__, made.__module__, made.__doc__) == ("Three", __name__, Three.__doc__)
+    count = sys.getrefcount(made)
+    objects = [made(number, str(number)) for number in range(10)]
+    assert [each.both() for each in objects] == [[number, str(number)] for number in range(10)]
+    for each in objects:
+        assert not hasattr(each, "third")
+        each.third = each.first
+        del each.first
+        with pytest.raises(AttributeError):
+            each.both()
+    del objects, each
+    assert sys.getrefcount(made) == count
 
 
 def test_the_collector_does_not_know_cells() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels.memory import saved_bytes
-from ckpt_kernels.recompute import discard_outputs, layer
+from ckpt_kernels.recompute import discard_outputs, discarding, layer
 
 from .conftest import DEVICE
 
@@ -195,6 +195,14 @@ def test_a_replaced_weight_is_freed() -> None:
     model.up = nn.Parameter(model.up.detach().clone())
     gc.collect()
     assert reference() is None
+
+
+def test_a_closed_context_drops_the_weights() -> None:
+    model, _ = made()
+    with discard_outputs(model):
+        discarder = discarding()
+        assert discarder is not None and discarder.stacked.is_unchanged(model.up)
+    assert not discarder.stacked.is_unchanged(model.up)
 
 
 def test_the_module_is_freed() -> None:

@@ -1,6 +1,8 @@
 """Float32 copies of 16-bit tensors, whose values are kept in 16 bits."""
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -208,3 +210,29 @@ def test_without_gradients_a_written_view_of_several_is_read_as_in_torch() -> No
     with torch.no_grad():
         half.view(half.shape).add_(1)
         torch.testing.assert_close(model(half), twin(half))
+
+
+def test_hooks_around_a_context_of_narrow_copies_pack_them() -> None:
+    x = narrow_input()
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        return tensor.detach().clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: 2 * tensor), recompute.keeping_narrow():
+        result = x.float().square()
+    assert [each.dtype for each in packed] == [x.dtype]
+    # The hooks give back twice the values.
+    torch.testing.assert_close(*torch.autograd.grad(result.sum(), x), 4 * x)
+
+
+def test_a_context_of_narrow_copies_keeps_no_result_alive() -> None:
+    x = random_tensor(ROWS, WIDTH).requires_grad_()
+    with recompute.keeping_narrow():
+        # The node saves the result.
+        result = x.exp()
+    reference = weakref.ref(result)
+    del result
+    gc.collect()
+    assert reference() is None
