@@ -152,6 +152,16 @@ def test_the_end_of_a_context_removes_the_hooks_of_one_closed_in_another_thread(
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
+def test_where_torch_allows_no_hooks_a_context_keeps_outputs() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"), recompute.discard_outputs():
+        assert not recompute.is_active()
+        output = F.layer_norm(x, 8, activation="gelu")
+    (found,) = torch.autograd.grad(output.sum(), x)
+    (expected,) = torch.autograd.grad(F.layer_norm(x, 8, activation="gelu").sum(), x)
+    assert torch.equal(found, expected)
+
+
 def test_the_same_hooks_are_opened_again_within() -> None:
     top = torch._C._autograd._top_saved_tensors_default_hooks
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
