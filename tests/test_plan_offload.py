@@ -3,6 +3,7 @@
 import itertools
 import pathlib
 import random
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 from ckpt_kernels import DoesNotFit, Plan, offload, plan
 from ckpt_kernels.levels import OF_MODULES, Policy
-from ckpt_kernels.plan import offloading
+from ckpt_kernels.plan import offloading, report
 from ckpt_kernels.plan import stages as stages_module
 from ckpt_kernels.plan.bench import Bench
 from ckpt_kernels.plan.chain import predicted
@@ -321,9 +322,14 @@ def test_plans_with_offload_fit_where_others_do_not(tmp_path: pathlib.Path) -> N
     with pytest.raises(DoesNotFit) as error:
         plan(model, tokens, budget=1024, loss=loss_of)
     budget = int(0.95 * error.value.least)
-    found = plan(model, tokens, budget=budget, loss=loss_of, offload=True)
+    with warnings.catch_warnings():
+        # A note of the plan says that offload is simulated.
+        warnings.simplefilter("error")
+        found = plan(model, tokens, budget=budget, loss=loss_of, offload=True)
     assert any(is_offloaded(level) for level in found.levels.values())
-    assert "offload" in str(found) and "in host memory" in str(found) and "simulated" in found.note
+    moved = sum(found.stages[at.stage].costs[at.level].offloaded for at in stages_of(found.assignment))
+    assert "offload" in str(found) and f"in host memory  {report.size(moved)}" in str(found)
+    assert "simulated" in found.note
     found.draw(tmp_path / "plan.png")
     found.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
@@ -333,6 +339,14 @@ def test_plans_with_offload_fit_where_others_do_not(tmp_path: pathlib.Path) -> N
     assert peak(model, tokens, loss=loss_of) <= budget
     torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-5)
     ckpt_kernels.revert(model)
+
+
+@pytest.mark.parametrize(
+    ("choice", "marker"),
+    [("all", "o"), ("all, tiles=2", "s"), ("all, offload", "^"), ("all, tiles=2, offload", "^"), ("eager", "o")],
+)
+def test_the_markers_of_choices(choice: str, marker: str) -> None:
+    assert report._marker(Policy.read(choice, OF_MODULES)) == marker
 
 
 def test_the_argument() -> None:
