@@ -131,6 +131,38 @@ def test_a_modulation_is_not_kept(kind: type[nn.Module]) -> None:
     assert kept(model) - kept(twin) > 1.8
 
 
+class ByOperator(nn.Module):
+    """A scaled and shifted norm, which a product reads. The scale and the shift are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.table = nn.Parameter(torch.randn(2, WIDTH))
+
+    def scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return self.norm(x) * scale + shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.scaled(x, *self.table.exp()))
+
+
+class ByFunctions(ByOperator):
+    def scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return torch.add(torch.mul(self.norm(x), scale), shift)
+
+
+class ByMethods(ByOperator):
+    def scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return self.norm(x).mul(scale).add(shift)
+
+
+@pytest.mark.parametrize("kind", [ByOperator, ByFunctions, ByMethods])
+def test_a_scaled_norm_is_not_kept(kind: type[nn.Module]) -> None:
+    model, twin = twins(kind)
+    ckpt_kernels.convert(twin, recompute="output")
+    assert kept(model) - kept(twin) > 1.8
+
+
 def test_an_operand_that_was_written_to_is_not_copied() -> None:
     written, other = Modulated("before").to(DEVICE), Modulated("after").to(DEVICE)
     for model in (written, other):
