@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -400,3 +401,35 @@ def test_zero_tangents_stay_where_they_are() -> None:
     with pytest.warns(UserWarning, match="simulated"):
         offload.offload(model, "0", least=1)
     torch.testing.assert_close(step(), expected)
+
+
+class Strides(torch.autograd.Function):
+    """Saves a tensor, and records the strides in which the tensor comes back."""
+
+    found: ClassVar[list[tuple[int, ...]]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, saved: Tensor) -> Tensor:
+        ctx.save_for_backward(saved)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        Strides.found.append(ctx.saved_tensors[0].stride())
+        return gradient, None
+
+
+class WithViews(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.ones(1000, 8)
+        for view in (wide[::2, 1], wide[:100], wide.t()[:, :100], wide[:, 2:4]):
+            x = Strides.apply(x, view)
+        return x
+
+
+def test_views_come_back_with_their_strides() -> None:
+    model = nn.Sequential(WithViews())
+    offload.offload(model, "0", least=1)
+    Strides.found.clear()
+    model(torch.ones(3, requires_grad=True)).sum().backward()
+    assert Strides.found == [(8, 1), (1, 8), (8, 1), (16,)]
