@@ -312,8 +312,9 @@ def _unpack(get: Callable[[], Tensor]) -> Tensor:
 
 def _is_plain(tensor: Tensor) -> bool:
     is_dense = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type in ("cpu", "cuda")
-    # Tangents may be zero tensors, which have no memory.
-    return is_dense and not (tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor())
+    # Tangents may be zero tensors, which have no memory. Scales of quantized tensors are beside their memory.
+    is_other = tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_quantized
+    return is_dense and not is_other
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

@@ -403,10 +403,10 @@ def test_zero_tangents_stay_where_they_are() -> None:
     torch.testing.assert_close(step(), expected)
 
 
-class Strides(torch.autograd.Function):
-    """Saves a tensor, and records the strides in which the tensor comes back."""
+class Returned(torch.autograd.Function):
+    """Saves a tensor, and records the tensor that comes back."""
 
-    found: ClassVar[list[tuple[int, ...]]] = []
+    found: ClassVar[list[Tensor]] = []
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, saved: Tensor) -> Tensor:
@@ -415,21 +415,25 @@ class Strides(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        Strides.found.append(ctx.saved_tensors[0].stride())
+        Returned.found += ctx.saved_tensors
         return gradient, None
 
 
 class WithViews(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.ones(1000, 8)
-        for view in (wide[::2, 1], wide[:100], wide.t()[:, :100], wide[:, 2:4]):
-            x = Strides.apply(x, view)
+        quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+        for view in (wide[::2, 1], wide[:100], wide.t()[:, :100], wide[:, 2:4], quantized):
+            x = Returned.apply(x, view)
         return x
 
 
-def test_views_come_back_with_their_strides() -> None:
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_unusual_tensors_come_back_as_they_were() -> None:
     model = nn.Sequential(WithViews())
     offload.offload(model, "0", least=1)
-    Strides.found.clear()
+    Returned.found.clear()
     model(torch.ones(3, requires_grad=True)).sum().backward()
-    assert Strides.found == [(8, 1), (1, 8), (8, 1), (16,)]
+    quantized, *views = Returned.found
+    assert [view.stride() for view in views] == [(8, 1), (1, 8), (8, 1), (16,)]
+    assert quantized.is_quantized and torch.allclose(quantized.dequantize(), torch.ones(4))
