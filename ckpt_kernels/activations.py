@@ -90,8 +90,9 @@ def name_of(activation: object) -> str | None:
     if isinstance(activation, str):
         if activation in CODES:
             return activation
-    elif isinstance(activation, nn.GELU) and type(activation.approximate) is str and activation.approximate in _GELUS:
-        return _GELUS[activation.approximate]
+    # Subclasses may compute anything.
+    elif type(activation) is nn.GELU:
+        return _GELUS.get(activation.approximate) if type(activation.approximate) is str else None
     elif isinstance(activation, nn.Module) and type(activation) in _MODULES:
         for name, settings in _MODULES[type(activation)].items():
             if all(_is_same(getattr(activation, key), value) for key, value in settings.items()):

@@ -87,7 +87,7 @@ class Policy:
         return policy
 
 
-# Questions about the name of a level.
+# Questions about the bare name of a level, without options. For a checkpoint ask about `Policy.inside()`.
 
 
 def discards_outputs(level: str) -> bool:

@@ -217,20 +217,27 @@ class LayerCall:
         hooks."""
         storage = tensor.untyped_storage() if _is_plain(tensor) else None
         if storage is None or tensor.nbytes < self._least or storage._cdata in self._stay:
-            if self._outer is None:
-                # Detached, because a parameter may be given other data before the backward pass.
-                return version_checked(tensor.detach(), "a tensor that a layer keeps")
-            return functools.partial(self._outer[1], self._outer[0](tensor))
+            return self._kept(tensor)
         watch = version_watch(tensor)
         assert watch is not None, "a plain tensor has a version counter"
+        moved = tensor.detach()
+        if storage.nbytes() > MOST_STORAGE_RATIO * moved.nbytes:
+            moved = moved.clone()
+            storage = moved.untyped_storage()
+            # The copy of a view with gaps has other strides, by which a backward pass may read the tensor.
+            if moved.stride() != tensor.stride():
+                return self._kept(tensor)
         version = tensor._version
-        tensor = tensor.detach()
-        if storage.nbytes() > MOST_STORAGE_RATIO * tensor.nbytes:
-            tensor = tensor.clone()
-            storage = tensor.untyped_storage()
-        offset = int(tensor.storage_offset())
-        view = OffloadedView(self._stored(storage, version), tensor.dtype, offset, tensor.shape, tensor.stride())
+        offset = int(moved.storage_offset())
+        view = OffloadedView(self._stored(storage, version), moved.dtype, offset, moved.shape, moved.stride())
         return Unwritten(view, watch, version).get
+
+    def _kept(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Packs a tensor that stays on the device."""
+        if self._outer is None:
+            # Detached, because a parameter may be given other data before the backward pass.
+            return version_checked(tensor.detach(), "a tensor that a layer keeps")
+        return functools.partial(self._outer[1], self._outer[0](tensor))
 
     def _stored(self, storage: torch.UntypedStorage, version: int) -> "OffloadedStorage":
         """The offloaded storage; several tensors may be views of one."""
@@ -305,8 +312,9 @@ def _unpack(get: Callable[[], Tensor]) -> Tensor:
 
 def _is_plain(tensor: Tensor) -> bool:
     is_dense = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type in ("cpu", "cuda")
-    # Tangents may be zero tensors, which have no memory.
-    return is_dense and not (tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor())
+    # Tangents may be zero tensors, which have no memory. Scales of quantized tensors are beside their memory.
+    is_other = tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_quantized
+    return is_dense and not is_other
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

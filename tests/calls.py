@@ -246,7 +246,7 @@ def calls(draw: Draw, functions: tuple[str, ...] = _BLOCKS) -> Call:
         arguments["norm_bias"] = None
     elif "norm" in arguments and arguments["norm"] is None:
         arguments |= {name: None for name in parameters if name.endswith(("weight", "bias"))}
-    wrong = draw(st.sampled_from(parameters)) if draw(st.integers(0, 2)) == 0 else None
+    wrong = draw(st.sampled_from(list(arguments))) if draw(st.integers(0, 2)) == 0 else None
     if wrong is not None:
         arguments[wrong] = _nonsense(draw, arguments[wrong])
     return Call(function, arguments, wrong, shapes.special, shapes.columns)

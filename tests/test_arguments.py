@@ -23,7 +23,15 @@ WRONG: dict[Any, tuple[Any, ...]] = {
     int: ("8", 8.0, (8.0,), True, object(), *SEVERAL),
     bool: ("False", 1, 0.0, object(), numpy.True_, torch.tensor(True), *SEVERAL),
     str: ("nonsense", "", 3, ("gelu",), object(), *SEVERAL),
-    Activation: ("nonsense", "", 3, torch.nn.LeakyReLU(0.3), lambda x: x, *SEVERAL),
+    Activation: (
+        "nonsense",
+        "",
+        3,
+        torch.nn.LeakyReLU(0.3),
+        lambda x: x,
+        type("Own", (torch.nn.GELU,), {})(),
+        *SEVERAL,
+    ),
     Tensor: (3, "x", numpy.zeros((4, 8)), torch.zeros(4, 8, dtype=torch.int64), SEVERAL[-1]),
 }
 

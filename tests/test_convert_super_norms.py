@@ -13,6 +13,7 @@ import ckpt_kernels
 from ckpt_kernels.convert.code.scope import UNKNOWN, Scope
 from ckpt_kernels.convert.code.source import tree_of
 
+from .conftest import DEVICE
 from .conversion import WIDTH, close, kept, random_tensor, reason_of, replacement_of, results_of, twins
 
 
@@ -56,7 +57,7 @@ def between(norm: nn.Module) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_the_norm_of_super_is_fused(name: str) -> None:
+def test_the_norm_with_forward_is_fused(name: str) -> None:
     make, by, share = NORMS[name]
     model, twin = twins(lambda: between(make()))
     x = random_tensor(4, WIDTH, 8, 8)
@@ -227,6 +228,27 @@ def test_other_inputs_and_settings_run_as_written() -> None:
 class Doubling(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2 * weight
+
+
+class CountedEps(GroupNorm32):
+    reads = 0
+
+    @property
+    def eps(self) -> float:
+        CountedEps.reads += 1
+        return 1e-5
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        pass
+
+
+def test_a_property_is_read_as_often_as_written() -> None:
+    model = between(CountedEps(4, WIDTH)).to(DEVICE)
+    ckpt_kernels.convert(model)
+    CountedEps.reads = 0
+    model(random_tensor(4, WIDTH, 8, 8))
+    assert CountedEps.reads == 1
 
 
 def test_compiled() -> None:

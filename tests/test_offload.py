@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -400,3 +401,39 @@ def test_zero_tangents_stay_where_they_are() -> None:
     with pytest.warns(UserWarning, match="simulated"):
         offload.offload(model, "0", least=1)
     torch.testing.assert_close(step(), expected)
+
+
+class Returned(torch.autograd.Function):
+    """Saves a tensor, and records the tensor that comes back."""
+
+    found: ClassVar[list[Tensor]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, saved: Tensor) -> Tensor:
+        ctx.save_for_backward(saved)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        Returned.found += ctx.saved_tensors
+        return gradient, None
+
+
+class WithViews(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.ones(1000, 8)
+        quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+        for view in (wide[::2, 1], wide[:100], wide.t()[:, :100], wide[:, 2:4], quantized):
+            x = Returned.apply(x, view)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_unusual_tensors_come_back_as_they_were() -> None:
+    model = nn.Sequential(WithViews())
+    offload.offload(model, "0", least=1)
+    Returned.found.clear()
+    model(torch.ones(3, requires_grad=True)).sum().backward()
+    quantized, *views = Returned.found
+    assert [view.stride() for view in views] == [(8, 1), (1, 8), (8, 1), (16,)]
+    assert quantized.is_quantized and torch.allclose(quantized.dequantize(), torch.ones(4))

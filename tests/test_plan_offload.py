@@ -23,10 +23,10 @@ from ckpt_kernels.plan.costs import FIXED, Assignment, Checkpoint, Checkpointed,
 from ckpt_kernels.plan.marks import Position, Segment
 from ckpt_kernels.plan.measure import Measurements, measure_choices
 from ckpt_kernels.plan.offloading import Solutions, is_offloaded, offloaded_cost
-from ckpt_kernels.plan.stages import Stages
+from ckpt_kernels.plan.stages import Stages, _undominated
 from ckpt_kernels.plan.trials import Trials
 
-from .planned_models import Layer, loss_of, made, peak, plan_of
+from .planned_models import WIDTH, Layer, loss_of, made, peak, plan_of
 from .simulated_steps import simulated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -347,6 +347,56 @@ def test_plans_with_offload_fit_where_others_do_not(tmp_path: pathlib.Path) -> N
 )
 def test_the_markers_of_choices(choice: str, marker: str) -> None:
     assert report._marker(Policy.read(choice, OF_MODULES)) == marker
+
+
+def test_choices_that_move_less_stay() -> None:
+    """The reserve depends on the bytes moved."""
+    more = Cost(5, 20, 60, 1.0, 1.0, may_be_inside=False, offloaded=50)
+    less = replace(more, backward_peak=61, offloaded=10)
+    assert _undominated({"output, offload": more, "all, offload": less}).keys() == {"output, offload", "all, offload"}
+    assert _undominated({"output, offload": more, "all, offload": replace(less, offloaded=50)}) == {
+        "output, offload": more
+    }
+
+
+def test_many_amounts_are_rounded_up() -> None:
+    rng = random.Random(0)
+    stages = chain(rng, 12)
+    assert len({cost.offloaded for stage in stages for cost in stage.costs.values()}) > 16
+    solutions = Solutions(stages)
+    for memory in (60, 150, 400, 10**6):
+        found = solutions.best(memory)
+        if found is not None:
+            need, seconds = predicted(stages, found)
+            assert need <= memory and seconds == pytest.approx(solutions.front.at(memory))
+
+
+def test_offload_with_tiles() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(TiledLayer() for _ in range(3)))
+    bench = Bench(model, (torch.randn(512, WIDTH),), {}, None, lambda line: None)
+    found = measure_choices(bench, (2,), offload=True)
+    assert "output, tiles=2, offload" in found.steps
+    levels = {level for stage in found.stages for level in stage.costs if is_offloaded(level)}
+    assert any("tiles" in level for level in levels)
+
+
+class TiledLayer(nn.Module):
+    """A layer whose MLP takes nearly all memory of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(8 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def test_small_tensors_are_not_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST", 2**20)
+    model, tokens = made(layers=2)
+    found = plan(model, tokens, budget=None, loss=loss_of, tiles=(), offload=True)
+    assert "no layer keeps a tensor of 1.00 MiB or more, so none is offloaded" in found.note
 
 
 def test_the_argument() -> None:

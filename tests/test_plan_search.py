@@ -131,9 +131,9 @@ def test_a_second_turn_is_timed_only_if_a_rival_that_fits_was_faster(budget: int
 
 
 def test_only_rivals_that_were_faster_have_a_second_turn() -> None:
-    search = Searching([], {"all at all": 0.5, "eager": 1e9}, eager=50)
+    search = Searching([], {"all layers at 'all'": 0.5, "eager": 1e9}, eager=50)
     search.found(60)
-    assert sorted(search.timed) == ["all at all"] * 2 + ["eager"] + ["the plan"] * 2
+    assert sorted(search.timed) == ["all layers at 'all'"] * 2 + ["eager"] + ["the plan"] * 2
 
 
 def test_the_leanest_of_equally_fast_plans_is_chosen() -> None:
@@ -158,13 +158,13 @@ def test_errors_of_steps_are_raised_and_a_fraction_needs_a_peak() -> None:
 
 def test_one_level_for_all_layers_is_chosen_if_it_fits_and_is_faster() -> None:
     """The budget is 60 bytes; "all" takes 46 and "output" 76."""
-    search = Searching([], {"all at all": 0.5})
+    search = Searching([], {"all layers at 'all'": 0.5})
     found = search.found(60)
-    assert set(search.timed) == {"the plan", "all at all"}
+    assert set(search.timed) == {"the plan", "all layers at 'all'"}
     assert found.assignment == choice_everywhere(6, "all")
     assert found.measured == StepCost(simulated(alike(6), found.assignment)[0], 0.5)
-    assert "faster than planned" in found.note
-    assert Searching([], {"all at all": 1e9}).found(60).assignment != found.assignment
+    assert "faster than the plan" in found.note
+    assert Searching([], {"all layers at 'all'": 1e9}).found(60).assignment != found.assignment
 
 
 def test_places_of_layers_in_runs() -> None:

@@ -12,7 +12,7 @@ from benchmarks.small import Small, blocks, own_calls
 from ckpt_kernels import backends, functional, ops, recompute, use_backend
 from ckpt_kernels.thin import direct, plan_cache
 
-from .plans import Counted, full_path
+from .call_plans import Counted, full_path
 
 pytestmark = pytest.mark.skipif(not direct.is_available, reason="calls cannot be made directly here")
 

@@ -10,7 +10,7 @@ import ckpt_kernels.nn as ours
 from ckpt_kernels import functional, recompute
 from ckpt_kernels.thin import direct, plan_cache
 
-from .plans import Counted, full_path
+from .call_plans import Counted, full_path
 
 pytestmark = pytest.mark.skipif(not direct.is_available, reason="calls cannot be made directly here")
 

@@ -54,9 +54,9 @@ def plan(
 
     Costs are measured in steps of the model on these inputs. The plan that is best by these costs is then run; if its
     peak exceeds the budget, the planner chooses again. The steps run on copies that share the parameters' memory, so
-    the model, its gradients and the random number generators do not change. Hooks of the model run in these steps.
-    Objects that cannot be copied, such as a lock or an iterator, are shared with the copies. `Plan.apply` converts the
-    model.
+    the model, its gradients, the global generators of random numbers, and generators that modules hold do not change.
+    Hooks of the model run in these steps. Objects that cannot be copied, such as a lock or an iterator, are shared with
+    the copies. `Plan.apply` converts the model.
 
     A layer may be checkpointed only if a second run in one of the steps saved bitwise equal tensors and the layer wrote
     to none of its own attributes. If layers are called more than once a step or skipped at random, the plan has one

@@ -141,6 +141,7 @@ def with_reserve(stages: Sequence[Stage], reserve: int) -> Sequence[Stage]:
         return stages
     chain = list(stages)
     first = next(index for index, stage in enumerate(stages) if FIXED not in stage.costs)
+    # Like no other stage: the numbers of stages that are alike are not negative.
     for index, left in ((len(chain) - 1, reserve), (min(first + 1, len(chain) - 1), -reserve)):
         chain[index] = replace(chain[index], left=chain[index].left + left, alike=-1 - index)
     return chain

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import offload as offloading
 from ..convert.module_tree import modules_of
 from ..levels import CHECKPOINT, NONE
-from ..offload import SIMULATED
+from ..memory.table import size
 from .bench import LONE_CHECKPOINT, PLAIN_CHECKPOINT, Bench, StepCost
 from .costs import Stage
 from .marks import NotAChain, Recorder
@@ -70,9 +71,15 @@ def measure_choices(bench: Bench, tiles: Sequence[int] | None = None, offload: b
     stages, layers = Stages(bench, order, trials, seconds).stages()
     shapes = {name: first.shapes[bench.names.index(name)] for name in order}
     steps = {step_name(choice): StepCost(peak, seconds.of_step(choice)) for choice, peak in trials.peaks.items()}
-    notes = [SIMULATED] if offload and bench.device.type == "cpu" else []
+    notes = _notes_of_offload(stages, bench.device.type) if offload else []
     notes += [*trials.notes, *map(_NOT_PLAIN.format, sorted(kind.__name__ for kind in first.not_plain))]
     return Measurements(stages, layers, steps, shapes, notes)
+
+
+def _notes_of_offload(stages: list[Stage], device: str) -> list[str]:
+    if not any(cost.offloaded for stage in stages for cost in stage.costs.values()):
+        return [f"no layer keeps a tensor of {size(offloading.LEAST)} or more, so none is offloaded"]
+    return ["offload is simulated on a CPU: peaks are those of a device"] if device == "cpu" else []
 
 
 def _kinds(bench: Bench, recorder: Recorder, order: list[str]) -> list[int]:

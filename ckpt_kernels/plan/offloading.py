@@ -17,10 +17,12 @@ from .fronts import Front, front_of
 from .marks import Position, Segment
 from .solve import Solver
 
-# The levels at which layers are offloaded. The levels below recompute less, and so move more bytes.
+# The levels at which layers are offloaded, all of them in IN_TILES. Lower levels keep more, and so would move more.
 LEVELS = ("output", "all", "layer")
 # The largest number of labels of the front of all plans.
 _LIMIT = 4096
+# The chain is solved once for each of so many reserves. Layers that all differ would take hundreds.
+_MOST_RESERVES = 16
 
 
 def is_offloaded(choice: str) -> bool:
@@ -64,6 +66,9 @@ class Solutions:
 
     def __init__(self, stages: Sequence[Stage], optimistic: bool = False) -> None:
         reserves = sorted({cost.offloaded for stage in stages for cost in stage.costs.values()})
+        if len(reserves) > _MOST_RESERVES:
+            # An amount between two of the rest is taken for the larger one, which is on the safe side.
+            reserves = [reserves[i * (len(reserves) - 1) // (_MOST_RESERVES - 1)] for i in range(_MOST_RESERVES)]
         chains = [_moving_at_most(stages, reserve) for reserve in reserves]
         self._solvers = [Solver(chain, optimistic=optimistic) for chain in chains if all(s.costs for s in chain)]
         fronts = [solver.front for solver in self._solvers]

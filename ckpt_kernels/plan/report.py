@@ -22,6 +22,10 @@ COLORS = {
 }
 
 
+# Differences of times below this fraction are not worth a line.
+_NOISE = 0.005
+
+
 class Row(NamedTuple):
     """Adjacent layers at one choice; bytes and seconds are per layer."""
 
@@ -38,7 +42,8 @@ def rows_of(plan: "Plan") -> list[Row]:
     rows: list[Row] = []
     for row in _rows(plan, plan.assignment, "", 0):
         # Rows without a kind are code between layers, and are never merged.
-        if rows and row.kind and rows[-1][1:5] == row[1:5] and abs(rows[-1].added - row.added) < 1e-9:
+        is_alike = rows and rows[-1]._replace(layers=row.layers, added=row.added) == row
+        if is_alike and row.kind and abs(rows[-1].added - row.added) < 1e-9:
             rows[-1] = rows[-1]._replace(layers=[*rows[-1].layers, *row.layers])
         else:
             rows.append(row)
@@ -94,7 +99,7 @@ def text(plan: "Plan") -> str:
     if moved := sum(plan.stages[at.stage].costs[at.level].offloaded for at in stages_of(plan.assignment)):
         lines.append(f"in host memory  {size(moved)}")
     lines += _neighbours(plan)
-    if plan.bound < plan.predicted.seconds:
+    if 0 < plan.bound < plan.predicted.seconds * (1 - _NOISE):
         lines.append(f"no plan within the budget can be faster than {plan.bound * 1e3:.1f} ms by these costs")
     if plan.note and plan.whole is None:
         lines.append(plan.note)

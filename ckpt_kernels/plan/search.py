@@ -176,7 +176,7 @@ def _race(bench: Bench, planned: Plan, rivals: dict[str, Plan]) -> Plan:
     A rival replaces the plan only if it was faster in every turn: one timed step is noisy, while the plan's costs come
     from many.
     """
-    plans = {"the plan": planned, **{f"all at {name}": plan for name, plan in rivals.items()}}
+    plans = {"the plan": planned, **{f"all layers at {name!r}": plan for name, plan in rivals.items()}}
     twins = {name: bench.twin(plan) for name, plan in plans.items()}
     if EAGER in planned.steps:
         twins[EAGER] = bench.twin(None)
@@ -195,7 +195,7 @@ def _race(bench: Bench, planned: Plan, rivals: dict[str, Plan]) -> Plan:
         steps = steps | {EAGER: StepCost(steps[EAGER].peak, seconds[EAGER])}
     faster = [name for name in fitting if all(map(operator.lt, times[name], times["the plan"]))]
     winner = min(faster, key=seconds.__getitem__, default="the plan")
-    instead = f"faster than planned ({seconds['the plan'] * 1e3:.1f} ms)"
+    instead = f"faster than the plan ({seconds['the plan'] * 1e3:.1f} ms)"
     if winner == EAGER:
         # In tiny models the overhead of calls outweighs the gain of fused kernels.
         return _unconverted(replace(planned, steps=steps), f"as it is the model is {instead}")
@@ -203,7 +203,7 @@ def _race(bench: Bench, planned: Plan, rivals: dict[str, Plan]) -> Plan:
         plans[winner],
         measured=StepCost(plans[winner].measured.peak, seconds[winner]),
         steps=steps,
-        note="; ".join(filter(None, ("" if winner == "the plan" else f"{winner} is {instead}", planned.note))),
+        note="; ".join(filter(None, ("" if winner == "the plan" else f"{winner} are {instead}", planned.note))),
     )
 
 

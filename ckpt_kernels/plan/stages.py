@@ -72,6 +72,7 @@ class Stages:
         cost, _ = self._cost(choice, index)
         offloaded = self._trials.recorders[choice].offloaded
         moved = [offloaded[self._bench.names.index(name)] for name in self._order]
+        # If nothing but offload fits, the step itself has to tell.
         gaps = (self._memory[other]["forward_gap", index + 1].net for other in self._not_offloaded or [choice])
         kept, backward_peak, left = offloaded_cost(self._memory[choice], moved, max(gaps), index)
         copy = moved[index] * self._seconds_per_byte
@@ -191,8 +192,8 @@ class _Twice(NamedTuple):
 def _undominated(costs: dict[str, Cost]) -> dict[str, Cost]:
     """Drop each choice that another choice equals or beats in every cost. Of equal choices the first stays.
 
-    Each of the levels "output", "all" and "layer" runs again all that the one before does. Where they need equal bytes,
-    the earlier one stays, because a shorter time of the later one is noise.
+    Each of the levels "output", "all" and "layer" runs again all that the one before does. Where these, without
+    options, need equal bytes, the earlier one stays, because a shorter time of the later one is noise.
     """
 
     def beats(one: str, other: str) -> bool:
@@ -200,7 +201,7 @@ def _undominated(costs: dict[str, Cost]) -> dict[str, Cost]:
         bytes_of_a, bytes_of_b = ((c.may_be_inside, c.kept, c.forward_peak, c.backward_peak) for c in (a, b))
         if bytes_of_a == bytes_of_b and {one, other} <= {"output", "all", "layer"}:
             return order.index(one) < order.index(other)
-        names = ("kept", "forward_peak", "backward_peak", "seconds", "inside")
+        names = ("kept", "forward_peak", "backward_peak", "seconds", "inside", "offloaded")
         no_worse = a.may_be_inside >= b.may_be_inside and all(getattr(a, name) <= getattr(b, name) for name in names)
         return no_worse and (a != b or order.index(one) < order.index(other))
 

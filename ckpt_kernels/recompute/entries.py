@@ -46,7 +46,7 @@ class Block:
 
 
 class Entries(dict[int, Entry]):
-    """All entries, by the address of the storage. Entries whose storage is gone are removed now and then."""
+    """All entries, by the address of the storage. Entries whose storage is gone are removed now and then, by `add`."""
 
     sweep_size = 64
 

@@ -179,8 +179,8 @@ class Step(NamedTuple):
 
 
 class FromGraph:
-    """The function of a recipe that the autograd graph shows, bound to its first arguments. Blocks' recipes have
-    functions of other classes."""
+    """The function of a recipe that the autograd graph shows, bound to its first arguments. By the class
+    `cheap_recipes` tells such recipes from those of blocks."""
 
     __slots__ = ("bound", "function")
 

@@ -52,13 +52,13 @@ class SmallOperands(list["weakref.ref[SmallOperand]"]):
         self.append(weakref.ref(small))
         return small
 
-    def drop(self) -> None:
+    def clear(self) -> None:
         """Drops all small operands: later recipes find nothing to copy."""
         for noted in self:
             small = noted()
             if small is not None:
                 small.tensor = None
-        self.clear()
+        super().clear()
 
 
 def fills_memory(tensor: Tensor) -> bool:

@@ -30,7 +30,7 @@ def stacked_weights_of(module: nn.Module) -> "StackedWeights":
     weights = _without_weights.get(module)
     if weights is None:
         weights = StackedWeights(module)
-        if weights.are_none:
+        if weights.is_empty:
             _without_weights[module] = weights
     return weights
 
@@ -44,7 +44,7 @@ class StackedWeights:
         self._versions = versions_of(weight for reference in references if (weight := reference()) is not None)
 
     @property
-    def are_none(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether the module has no such weight."""
         return not self._versions
 

@@ -95,5 +95,5 @@ class State:
         self.all_entries.clear()
         self.boundaries.clear()
         if self.small_operands:
-            self.small_operands.drop()
+            self.small_operands.clear()
         self.announced = None

@@ -1,4 +1,4 @@
-"""Takes from Python's cyclic garbage collector the objects of which there are some for each saved tensor.
+"""Exempts from Python's cyclic garbage collector the small objects that are made for each saved tensor.
 
 The collector runs after so many new objects, and visits each. A step of a model makes hundreds of these.
 """
@@ -10,10 +10,10 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def untracked(kind: _Class) -> _Class:
-    """With the library, an equal class whose objects the collector does not know: a decorator of classes with
-    `__slots__` and no base.
+    """A decorator of classes with `__slots__`, no base, no subclasses and at most 6 attributes.
 
-    The objects must be part of no cycle of references, which nobody would free. They have weak references.
+    With the library it returns an equal class whose objects the collector does not visit; without it, the class itself.
+    An object that is part of a cycle would never be freed. Objects can be referenced weakly.
     """
     given: Any = kind
     fields = [name for name in given.__slots__ if name != "__weakref__"]

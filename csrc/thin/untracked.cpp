@@ -42,7 +42,7 @@ const char* kept_copy(PyObject* name) {
 PyObject* untracked(PyObject*, PyObject* const* names, Py_ssize_t count) {
   const Py_ssize_t fields = count - 1;
   if (fields < 0 || fields > most_fields)
-    return PyErr_Format(PyExc_ValueError, "expected a name, and at most %zd attributes", most_fields);
+    return PyErr_Format(PyExc_ValueError, "%zd attributes; expected a name, and at most %zd", fields, most_fields);
   PyMemberDef members[most_fields + 2] = {
       {"__weaklistoffset__", T_PYSSIZET, offsetof(Object, references), READONLY, nullptr}};
   for (Py_ssize_t i = 0; i < fields; ++i) {

@@ -378,7 +378,7 @@ PYTHON = (
     Mutant(
         "a fused run loads modules on their own lines",
         "ckpt_kernels/convert/rewriting/rewrite.py",
-        "return «tree if is_there else loaded_early(tree, begins, self._cell(getattr))»",
+        "return «tree if is_there else loaded_early(tree, begins, self.closure.variable(getattr))»",
         "tree",
         "tests/test_convert_lines.py -k once",
     ),

@@ -16,8 +16,8 @@ from ..code.code_objects import cell_value, has_type
 from ..rotations.recognition import is_rotation
 from ..rules.activation_trials import activation_function
 from ..rules.gates import may_be_gate
-from ..rules.norm_trials import TORCH_NORMS
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
+from .super_norms import CLASSES
 
 # The names of functions and methods that a formula, a replacement or a note starts from.
 _NAMES = {"erf", "square", "chunk", "clamp"}.union(
@@ -33,7 +33,7 @@ def is_candidate(function: types.FunctionType, module: nn.Module, children: Coll
     """
     if not _NAMES.union(children).isdisjoint(function.__code__.co_names):
         return True
-    if "super" in function.__code__.co_names and isinstance(module, tuple(TORCH_NORMS)):
+    if "super" in function.__code__.co_names and isinstance(module, CLASSES):
         return True
     named = _named(function, module)
     if any(f in ACTIVATIONS or f in REPLACEMENTS or may_be_gate(f, 0) for f in _functions(named)):

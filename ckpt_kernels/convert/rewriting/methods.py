@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS as FORMULAS
 from ..adapters import adds_bias, is_adapter
+from ..attribute_loads import loads_plainly
 from ..code.frames import why_not_rewritten
 from ..code.memoization import memoized
 from ..code.scope import UNKNOWN, Scope
@@ -26,6 +27,7 @@ from ..code.straight_line import Binding, Run, blocks, runs_ending_at
 from ..rotations.recognition import is_rotation
 from ..rules.activation_trials import TrialResult, activation_by_trial
 from ..rules.gates import GateOutline, clamps_or_casts, gate_of_method, gated, outline_of_method
+from ..rules.norm_trials import READ
 from ..rules.rule import Rule
 from ..rules.trial import in_own_thread
 from ..swap import is_plain_method
@@ -35,7 +37,7 @@ from .formulas import VALUE, Formula, formula_of
 from .gate_runs import gate_run_roles
 from .note_reasons import ADAPTER, BIASED, noted_roles
 from .rewrite import rewritten_method
-from .roles import GATE, MethodRoles, Role, may_match_any, role_of, role_of_method
+from .roles import GATE, SUPER_NORM, MethodRoles, Role, may_match_any, role_of, role_of_method
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,10 @@ def _roles(
         value = scope.value(load)
         if value is not UNKNOWN:
             method = method_called(value)
-            roles[text] = role_of(value, may_touch) if method is None else _object_role(method, may_touch)
+            role = role_of(value, may_touch) if method is None else _object_role(method, may_touch)
+            # A property would run once more.
+            if role.kind != SUPER_NORM or (module is not None and loads_plainly(type(module), *READ)):
+                roles[text] = role
         elif module is not None and isinstance(load, ast.Attribute) and ast.unparse(load.value) == scope.self_name:
             if (role := role_of_method(module, load.attr)).kind:
                 roles[text] = role

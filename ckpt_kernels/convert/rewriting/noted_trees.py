@@ -37,13 +37,13 @@ class Notes:
         # Where products run again, so do the casts of products.
         self._notes_casts = self._makes_notes and (runs_products_again(recompute) or adds_casts(function))
         self.follows_writes = self._makes_notes and activates_permuted_norm(function, roles)
-        self.are_there = False
+        self.has_any = False
         # Whether a product is noted, perhaps of the output of a norm, which can be recomputed together with the norm.
-        self.multiply = False
+        self.has_products = False
 
     def watched(self, location: ast.AST, tree: ast.expr) -> ast.expr:
         """The expression, whose result shows later in-place writes."""
-        self.are_there = True
+        self.has_any = True
         return at(location, ast.Call(self._closure.variable(watch), [tree], []))
 
     def noted(self, tree: Any) -> Any:
@@ -78,8 +78,8 @@ class Notes:
         return self.noted(with_changed_children(tree, self.with_notes))
 
     def _note(self, is_product: bool = False) -> None:
-        self.are_there = True
-        self.multiply = self.multiply or is_product
+        self.has_any = True
+        self.has_products = self.has_products or is_product
 
     def _noted_method(self, tree: ast.Call, callee: ast.Attribute) -> ast.expr:
         """A call of a method for a cast or an operator with a note; any other call unchanged."""

@@ -44,7 +44,7 @@ from .result_list import condition_of, next_result
 from .roles import SUPER_NORM, MethodRoles, Role, Roles, tried_act
 from .run_lines import after_lines, lines_without_code, loaded_early, passed
 from .run_matching import rank, run_matches
-from .super_norms import exchanging_super, norm_of_super
+from .super_norms import exchanging_super, norm_with_forward
 from .templates import guarded_call
 
 
@@ -70,8 +70,8 @@ def rewritten_method(method: types.FunctionType, roles: MethodRoles, recompute: 
     rewriter = _Rewriter(function, definition, dict(roles), recompute)
     body = rewriter.rewritten_body()
     fuses = bool(rewriter.descriptions)
-    if not fuses and rewriter.notes.are_there:
-        rewriter.descriptions += reasons_to_note(function, dict(roles), recompute, rewriter.notes.multiply)
+    if not fuses and rewriter.notes.has_any:
+        rewriter.descriptions += reasons_to_note(function, dict(roles), recompute, rewriter.notes.has_products)
     if not rewriter.descriptions:
         return None
     tree = copy.copy(definition.tree)
@@ -90,7 +90,6 @@ class _Rewriter:
         self.recompute = recompute
         self.scope = Scope(function, definition.tree)
         self.closure = Closure()
-        self._cell, self._mapped = self.closure.variable, self.closure.mapped
         self.notes = Notes(function, self.scope, roles, recompute, self.closure)
         self.tree = copy.deepcopy(definition.tree)
         move_into_branches(self.tree, roles)
@@ -143,7 +142,7 @@ class _Rewriter:
         """The replacement for a run that is a gate."""
         original: list[Any] = block.statements[run.begin : run.end + 1]
         arguments: list[ast.expr] = [ast.Name(name, ast.Load()) for name in (self.scope.self_name, run.packed)]
-        condition = condition_of(ast.Call(self._cell(gate_at_site(gate)), arguments, []))
+        condition = condition_of(ast.Call(self.closure.variable(gate_at_site(gate)), arguments, []))
         self.descriptions.append(str(gate))
         computed = replaced(original[-1], {id(original[-1].value): next_result()})
         return self._if_computed(at(original[0], condition), [computed], original, original)
@@ -176,7 +175,7 @@ class _Rewriter:
         if isinstance(tree, ast.Call) and (role := self.reader.role(tree.func)).kind:
             changed.func = self._replaced_callee(tree, role)
             if self.notes.follows_writes and role.kind in ("act", "write") and not role.values:
-                changed.func = self._mapped(changed.func, following_writes)
+                changed.func = self.closure.mapped(changed.func, following_writes)
             if runs_layers_again(self.recompute) and role.kind in IN_LAYERS:
                 return self.notes.watched(tree, changed)
         if runs_layers_again(self.recompute) and is_indexed_by_list(tree):
@@ -204,12 +203,12 @@ class _Rewriter:
         formula = attempt.act if attempt.act.kind == "formula" else None
         function = guarded_call(pattern, captured, options, formula, tried_act(attempt.act))
         keywords = [ast.keyword(operand.name, self._operand(operand, match, begins)) for operand in match.operands]
-        condition = condition_of(ast.Call(self._cell(function), [], keywords))
+        condition = condition_of(ast.Call(self.closure.variable(function), [], keywords))
         self.descriptions.append(attempt.description(pattern))
         if (native := native_site(match, self.scope.self_name, options)) is not None:
             native_call, arguments = native
             loads = [self._plain_load(argument, begins) for argument in arguments]
-            native_condition = condition_of(ast.Call(self._cell(native_call), loads, []))
+            native_condition = condition_of(ast.Call(self.closure.variable(native_call), loads, []))
             condition = ast.BoolOp(ast.Or(), [native_condition, condition])
         return at(begins, condition)
 
@@ -220,7 +219,7 @@ class _Rewriter:
 
     def _plain_load(self, tree: ast.expr, begins: ast.expr) -> ast.expr:
         is_there = getattr(tree, "lineno", begins.lineno) == begins.lineno
-        return tree if is_there else loaded_early(tree, begins, self._cell(getattr))
+        return tree if is_there else loaded_early(tree, begins, self.closure.variable(getattr))
 
     # Callees
 
@@ -231,15 +230,15 @@ class _Rewriter:
             return self._replaced_object(callee, *role.values)
         if role.kind == SUPER_NORM:
             (forward,) = role.values
-            self.descriptions.append(str(norm_of_super(forward)))
-            return self._mapped(callee, exchanging_super(forward))
+            self.descriptions.append(str(norm_with_forward(forward)))
+            return self.closure.mapped(callee, exchanging_super(forward))
         if len(role.values) > 1:  # a method, which is rewritten itself
             return callee
         is_local = role.kind == "local replacement"
         (known,) = role.values or ((self.scope.local_function if is_local else self.scope.value)(callee),)
         noted = self.notes.noted_function(known) if has_type(known, FUNCTION_TYPES) else None
         if noted is not None:
-            return self._mapped(callee, exchanging(known, noted))
+            return self.closure.mapped(callee, exchanging(known, noted))
         replacement = replacement_for(known, call)
         if replacement is None:
             return callee
@@ -250,7 +249,7 @@ class _Rewriter:
             function = layer_norm_of_rows
         self.has_norm = self.has_norm or (has_type(known, FUNCTION_TYPES) and known in NORMS)
         self.descriptions.append(description)
-        return self._mapped(callee, exchanging(known, function, is_local))
+        return self.closure.mapped(callee, exchanging(known, function, is_local))
 
     def _replaced_object(self, callee: ast.expr, method: types.FunctionType, roles: MethodRoles) -> ast.expr:
         inner = None
@@ -260,4 +259,4 @@ class _Rewriter:
             return callee
         self.descriptions += inner.descriptions
         self.has_norm = self.has_norm or inner.has_norm
-        return self._mapped(callee, replacing_call(method, inner.function))
+        return self.closure.mapped(callee, replacing_call(method, inner.function))

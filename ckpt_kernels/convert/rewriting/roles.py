@@ -28,7 +28,7 @@ from ..swap import original_of, rule_of
 from .guards import is_linear
 from .noted_operations import NOTED_FUNCTIONS
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
-from .super_norms import norm_of_super
+from .super_norms import norm_with_forward
 
 # The name in the role of a linear layer with an adapter around it.
 ADAPTED = "adapted"
@@ -36,7 +36,7 @@ ADAPTED = "adapted"
 MODULE = "module"
 # The kind of a method that computes a gate of the halves of its argument.
 GATE = "gate"
-# The kind of a run of statements that does.
+# The kind of a run of statements that computes such a gate.
 GATE_RUN = "gate run"
 # The kind of `super().forward` in a subclass of a norm of torch.
 SUPER_NORM = "super norm"
@@ -114,7 +114,7 @@ def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:
         return Role("replacement", values=(value,)) if is_act else Role(MODULE)
     if not has_type(value, FUNCTION_TYPES):
         return Role()
-    if norm_of_super(value) is not None:
+    if norm_with_forward(value) is not None:
         return Role(SUPER_NORM, values=(value,))
     if value is F.dropout:
         return Role("F.dropout")

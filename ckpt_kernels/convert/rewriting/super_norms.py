@@ -1,4 +1,7 @@
-"""Calls of `super().forward` in subclasses of torch's norms, such as `super().forward(x.float()).type(x.dtype)`."""
+"""Calls of `super().forward` in subclasses of torch's norms, such as `super().forward(x.float()).type(x.dtype)`.
+
+Torch's norms save their input, as ours do. A module that torch computes from its output must not be added like this.
+"""
 
 import functools
 import types
@@ -10,12 +13,13 @@ from ..rules.norm_trials import TORCH_NORMS
 from ..rules.norms import Norm
 from ..torch_patches import are_patched
 
+CLASSES = tuple(TORCH_NORMS)
 # By their forwards, as they were when this package was imported: a user may patch them later.
 _RULES: dict[Callable[..., Any], tuple[type, Norm]] = {kind.forward: (kind, rule) for kind, rule in TORCH_NORMS.items()}
 
 
-def norm_of_super(function: Any) -> Norm | None:
-    """The rule of torch's norm with this forward."""
+def norm_with_forward(function: Any) -> Norm | None:
+    """The rule of the norm of torch whose forward this is; None for any other object."""
     is_function = has_type(function, types.FunctionType)
     return _RULES[function][1] if is_function and function in _RULES else None
 

@@ -52,7 +52,7 @@ TORCH_NORMS: dict[type[nn.Module], Norm] = {
     **dict.fromkeys(_INSTANCE_NORMS, InstanceNorm()),
 }
 # The attributes that their forwards read.
-_READ = """affine bias elementwise_affine eps momentum normalized_shape num_batches_tracked num_channels num_features
+READ = """affine bias elementwise_affine eps momentum normalized_shape num_batches_tracked num_channels num_features
     num_groups process_group running_mean running_var track_running_stats training weight""".split()
 _OURS = tuple(getattr(ours, kind.__name__) for kind in TORCH_NORMS)
 
@@ -81,7 +81,7 @@ def norm_of(module: nn.Module, name: str = "") -> tuple[Norm | None, str]:
         return None, ""
     for kind, rule in TORCH_NORMS.items():
         if isinstance(module, kind) and has_forward_of(type(module), kind):
-            is_plain = loads_plainly(type(module), *_READ)
+            is_plain = loads_plainly(type(module), *READ)
             return (rule, "") if is_plain else (None, "computes the settings that its forward reads")
     if why_not := _why_no_trial(module):
         return None, why_not if looks_like_norm(module) else ""
