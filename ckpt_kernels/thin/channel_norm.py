@@ -64,8 +64,13 @@ class ChannelNorm(Plan):
         kernels = (*sizes, eps, code), (*sizes, count, eps, False, code)
         return _Layout(format, *kernels, None if is_matrix else last_strides(shape), matrix)
 
-    def _layout_of(self, input: Tensor) -> _Layout | None:
-        """The layout of an input, as in `ops.channel_layout.maps_of`; None for strides that a plan does not support."""
+    def _layout_of(self, input: Tensor, other: Tensor | None) -> _Layout | None:
+        """The layout of an input, as in `ops.channel_layout.maps_of`; None for strides that a plan does not support.
+
+        `other` is a tensor that the kernel reads beside the input, and must have the same strides.
+        """
+        if other is not None and other.stride() != input.stride():
+            return None
         if input.is_contiguous():
             return self._contiguous
         return self._last if input.stride() == self._last_strides else None
@@ -81,7 +86,7 @@ class ChannelNorm(Plan):
         given_var: None,
         plan: "ChannelNorm",
     ) -> tuple[Tensor, Tensor, Tensor]:
-        layout = plan._layout_of(input)
+        layout = plan._layout_of(input, residual)
         output = _empty_like(input)
         mean = input.new_empty(plan._statistics, dtype=plan._dtype)
         var = _empty_like(mean)
@@ -118,14 +123,14 @@ class ChannelNorm(Plan):
         """Recomputes the output from input, residual, weight, bias and the statistics."""
         if is_plain(*tensors):
             input: Any = tensors[0]
-            layout, output = self._layout_of(input), _empty_like(input)
+            layout, output = self._layout_of(input, tensors[1]), _empty_like(input)
             if layout is not None and self._normalize(layout, *tensors[:4], output, *tensors[4:], True):
                 return output
         return rematerialized(self.options, *tensors)
 
     def backward(self, ctx: Any, saved: Sequence[Tensor | None], grad_output: Tensor | None, *_: None) -> tuple | None:
         input, other, weight, bias, mean, var = saved
-        layout = None if input is None else self._layout_of(input)
+        layout = None if input is None else self._layout_of(input, other)
         if layout is None or grad_output is None:
             return None
         wanted = ctx.needs_input_grad
