@@ -43,7 +43,8 @@ class Experts(nn.Module):
 
 class Halved(nn.LayerNorm):
     def forward(self, h: Tensor) -> Tensor:
-        return super().forward(h.half()).type(h.dtype) * h.norm()
+        half = h.half()
+        return (half / half.norm(dim=-1, keepdim=True)).type(h.dtype) * self.weight
 
 
 class CosGate(nn.Module):
