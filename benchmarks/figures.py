@@ -38,6 +38,51 @@ def apart(points: "Sequence[tuple[float, float]]", width: float, height: float) 
     return shown
 
 
+# The places of a name beside its point, from the best on: the shift in points, and the horizontal alignment.
+_PLACES = (
+    (9, 4, "left"),
+    (-9, 4, "right"),
+    (9, -12, "left"),
+    (-9, -12, "right"),
+    (0, 10, "center"),
+    (0, -18, "center"),
+)
+
+
+def names(axis: "Axes", named: "Sequence[tuple[str, tuple[float, float], str]]") -> None:
+    """Writes names beside their points, in the given colours, where they cover no point and no other name."""
+    from matplotlib.transforms import Bbox
+
+    canvas: Any = axis.figure.canvas
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    corners = [axis.transData.transform(point) for _, point, _ in named]
+    taken = [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7) for x, y in corners]
+    inside = axis.get_window_extent(renderer)
+    for name, point, color in named:
+        for dx, dy, side in _PLACES:
+            text = axis.annotate(
+                name,
+                point,
+                xytext=(dx, dy),
+                textcoords="offset points",
+                horizontalalignment=side,
+                fontsize=9,
+                color=color,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            )
+            box = text.get_window_extent(renderer)
+            if (
+                not any(box.overlaps(other) for other in taken)
+                and inside.containsx(box.x1)
+                and inside.containsx(box.x0)
+            ):
+                break
+            if (dx, dy, side) != _PLACES[-1]:
+                text.remove()
+        taken.append(box)
+
+
 def legend(figure: "Figure", axes: "list[Axes]", columns: int, title: str | None = None) -> None:
     """Adds one legend for all panels, above them."""
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}

@@ -225,10 +225,12 @@ def _finding(results: list[dict[str, Any]]) -> str:
     return f"{ours['layer']}: {part:.0%} of eager's memory, {ours['times_eager']:.2f} of its time ('output')"
 
 
-def _draw_layer(axis: Any, results: list[dict[str, Any]]) -> None:
+def _draw_layer(axis: Any, results: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Draws the points, and returns where they are shown."""
     points = [(result["saved_units"], result["times_eager"]) for result in results]
     width, height = 0.025 * max(x for x, _ in points), 0.04 * (max(y for _, y in points) - min(y for _, y in points))
-    for result, (x, y) in zip(results, figures.apart(points, width, height), strict=True):
+    shown = figures.apart(points, width, height)
+    for result, (x, y) in zip(results, shown, strict=True):
         ours = result["provider"].startswith("ours")
         axis.scatter(
             x,
@@ -245,29 +247,16 @@ def _draw_layer(axis: Any, results: list[dict[str, Any]]) -> None:
     axis.set_xlim(left=0)
     axis.margins(x=0.1, y=0.15)
     axis.grid(alpha=0.3)
-
-
-# The providers whose names are left of their points, and the shifts, in points, of names that would overlap.
-_TO_THE_LEFT = ("eager", "torch.compile, budget 0.5")
-_RAISED = {"ours, output, compiled": -6, "torch.compile, budget 0.9": -9}
+    return shown
 
 
 def draw_overview(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any]) -> None:
     """Draws only the first layer, with the names of the points."""
     own = [result for result in results if result["layer"] == results[0]["layer"]]
     figure, (axis,) = figures.panels(1, 1, 10, 4.4)
-    _draw_layer(axis, own)
-    for result in own:
-        left = result["provider"] in _TO_THE_LEFT
-        axis.annotate(
-            result["provider"],
-            (result["saved_units"], result["times_eager"]),
-            xytext=(-9 if left else 9, _RAISED.get(result["provider"], 4)),
-            textcoords="offset points",
-            fontsize=9,
-            horizontalalignment="right" if left else "left",
-            color=palette.color_of(result["provider"]),
-        )
+    shown = _draw_layer(axis, own)
+    providers = [result["provider"] for result in own]
+    figures.names(axis, [(p, xy, palette.color_of(p)) for p, xy in zip(providers, shown, strict=True)])
     axis.set_title(_finding(own), fontsize=11)
     figures.save(figure, path, about)
 

@@ -186,21 +186,16 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any
         for result in own:
             x, y = result["saved_bytes"] / 2**20, result["times_eager"]
             axis.scatter(x, y, s=90, color=palette.color_of(result["provider"]), label=result["provider"], zorder=2)
-            if result["largest_batch"]:
-                # The names of points far to the right stand to the left, within the picture.
-                right = x > 0.8 * max(other["saved_bytes"] for other in own) / 2**20
-                # Eager's name is below the point: the name of a level that keeps as much is above.
-                below = result["provider"] == "eager"
-                place = {"xytext": (-9 if right else 9, -14 if below else 6), "textcoords": "offset points"}
-                place |= {"fontsize": 9, "horizontalalignment": "right" if right else "left"}
-                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-                axis.annotate(f"batch {result['largest_batch']}", (x, y), bbox=box, **place)
         axis.set_title(_finding(own), fontsize=11)
         axis.set(xlabel="kept for backward, MiB", ylabel="time of a step, x eager")
         axis.set_xlim(left=0)
         axis.margins(x=0.15, y=0.25)
         axis.grid(alpha=0.3)
     figures.legend(figure, axes, 6 if len(names) > 1 else 3, "down and left is better")
+    for axis, name in zip(axes, names, strict=True):
+        own = [result for result in results if result["model"] == name and result["largest_batch"]]
+        points = [(result["saved_bytes"] / 2**20, result["times_eager"]) for result in own]
+        figures.names(axis, [(f"batch {r['largest_batch']}", xy, "black") for r, xy in zip(own, points, strict=True)])
     figures.save(figure, path, about)
 
 
