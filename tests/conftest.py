@@ -23,7 +23,9 @@ import hypothesis
 import pytest
 
 from ckpt_kernels import backends, use_backend
+from ckpt_kernels.thin import plan_cache
 
+from .call_plans import Counted
 from .host import cuda_on_host
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
@@ -133,6 +135,19 @@ def served(backend: str, dtype: torch.dtype) -> tuple[str, torch.dtype]:
     if reason:
         pytest.skip(f"{backend} on {DEVICE}: {reason}")
     return backend, dtype
+
+
+@pytest.fixture
+def without_plans() -> Iterator[None]:
+    """Small calls have made no plans before the test, and leave none."""
+    plan_cache._plans.clear()
+    yield
+    plan_cache._plans.clear()
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(monkeypatch)
 
 
 @pytest.fixture

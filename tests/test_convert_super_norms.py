@@ -128,6 +128,19 @@ class Mixed(GroupNorm32, Doubled):
     """In which the `super()` of GroupNorm32 is no norm of torch."""
 
 
+class ByName(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(input=x)
+
+
+def test_a_call_by_name_stays_as_written() -> None:
+    model, twin = twins(lambda: between(ByName(4, WIDTH)))
+    report = ckpt_kernels.convert(model)
+    assert replacement_of(report, "1") is None and reason_of(report, "1")
+    x = random_tensor(4, WIDTH, 8, 8)
+    assert close(results_of(model, x), results_of(twin, x))
+
+
 def test_super_is_that_of_the_module_s_class() -> None:
     model, twin = twins(lambda: nn.Sequential(between(Mixed(4, WIDTH)), between(GroupNorm32(4, WIDTH))))
     x = random_tensor(4, WIDTH, 8, 8)

@@ -1,7 +1,7 @@
 """Small calls by plans give the same bits as the full path, which serves all calls without a plan."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,22 +14,13 @@ from ckpt_kernels.thin import direct, plan_cache
 
 from .call_plans import Counted, full_path
 
-pytestmark = pytest.mark.skipif(not direct.is_available, reason="calls cannot be made directly here")
+pytestmark = [
+    pytest.mark.skipif(not direct.is_available, reason="calls cannot be made directly here"),
+    pytest.mark.usefixtures("without_plans"),
+]
 
 BLOCKS = blocks()
 BY_NAME = {block.name: block for block in BLOCKS}
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    plan_cache._plans.clear()
-    yield
-    plan_cache._plans.clear()
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    return Counted(monkeypatch)
 
 
 def tensors_of(block: Small, dtype: torch.dtype = torch.float32, columns: int | None = None) -> list[Tensor]:

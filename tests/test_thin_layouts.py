@@ -1,6 +1,6 @@
 """Small calls by plans, for tensors in other memory layouts, give the same bits as the full path."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,23 +8,14 @@ from torch import Tensor
 
 import ckpt_kernels.nn as ours
 from ckpt_kernels import functional, recompute
-from ckpt_kernels.thin import direct, plan_cache
+from ckpt_kernels.thin import direct
 
 from .call_plans import Counted, full_path
 
-pytestmark = pytest.mark.skipif(not direct.is_available, reason="calls cannot be made directly here")
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    plan_cache._plans.clear()
-    yield
-    plan_cache._plans.clear()
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    return Counted(monkeypatch)
+pytestmark = [
+    pytest.mark.skipif(not direct.is_available, reason="calls cannot be made directly here"),
+    pytest.mark.usefixtures("without_plans"),
+]
 
 
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -3,7 +3,7 @@
 import decimal
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,14 +14,10 @@ import ckpt_kernels.nn as ours
 from ckpt_kernels import functional
 from ckpt_kernels.thin import direct, plan_cache
 
-pytestmark = pytest.mark.skipif(not direct.is_available, reason="calls cannot be made directly here")
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    plan_cache._plans.clear()
-    yield
-    plan_cache._plans.clear()
+pytestmark = [
+    pytest.mark.skipif(not direct.is_available, reason="calls cannot be made directly here"),
+    pytest.mark.usefixtures("without_plans"),
+]
 
 
 class _EqualToGelu:

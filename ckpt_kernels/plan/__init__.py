@@ -120,6 +120,7 @@ def plan(
             bench = Bench(model, inputs, kwargs, loss, progress or _print_progress)
             measurements, reason = _measurements(bench, tiles, offload)
             if measurements is None:
+                reason += "; without layers of their own none is offloaded" if offload else ""
                 return one_level(model, bench, budget, reason)
             return fastest(model, bench, measurements, budget_bytes(budget, measurements.steps, bench.device))
     finally:

@@ -31,7 +31,8 @@ class _Layout(NamedTuple):
     matrix: tuple[tuple[int, int], tuple[int, int]] | None
 
     def rows(self, tensor: Tensor | None) -> Tensor | None:
-        """The tensor as the kernels take it; as it is, which they refuse, if it does not have this layout."""
+        """The tensor, which has this layout, as the kernels take it. If only strides of dimensions with one element
+        differ, the memory is the same, and the tensor stays as it is."""
         if tensor is None or self.matrix is None or tensor.stride() != self.strides:
             return tensor
         return tensor.as_strided(*self.matrix)

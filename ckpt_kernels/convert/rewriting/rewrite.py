@@ -230,6 +230,8 @@ class _Rewriter:
             return self._replaced_object(callee, *role.values)
         if role.kind == SUPER_NORM:
             (forward,) = role.values
+            if len(call.args) != 1 or call.keywords or isinstance(call.args[0], ast.Starred):
+                return callee
             self.descriptions.append(str(norm_with_forward(forward)))
             return self.closure.mapped(callee, exchanging_super(forward))
         if len(role.values) > 1:  # a method, which is rewritten itself
