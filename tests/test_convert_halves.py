@@ -49,6 +49,28 @@ class Chooses(nn.Module):
         return u * self.act(v) if self.gate_last else self.act(u) * v
 
 
+class Returns(nn.Module):
+    """The gate of diffusers' GEGLU: a branch binds the argument's name to a half, and returns the product."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if h.dim() == 1:
+            return h
+        else:
+            h, gate = h.chunk(2, dim=-1)
+            return h * F.gelu(gate)
+
+
+class ReturnsLater(nn.Module):
+    """The return is a statement of its own."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if h.dim() > 1:
+            h, gate = h.chunk(2, dim=-1)
+            y = h * F.gelu(gate)
+            return y
+        return h
+
+
 class Within(nn.Module):
     """An MLP that is fused into one call, from the first product to the last."""
 
@@ -70,6 +92,8 @@ FOUND = {
     Gate: ("packed gate", 2),
     Sigmoid: ("packed gate (where dimension 2 is the last)", 2),
     Written: ("packed gate", 4),
+    Returns: ("packed gate", 2),
+    ReturnsLater: ("packed gate", 2),
     Slices: ("gate", 2),
     Chooses: ("2 x gate", 2),
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 from ckpt_kernels import functional as F
 
 from .discarded_outputs import (
+    ROWS,
     WIDTH,
     Parameters,
     assert_same_outcome,
@@ -210,3 +211,27 @@ def test_a_written_first_operand_of_addmm(products: bool) -> None:
         return TF.linear(F.glu(torch.addmm(t, normed(x), p["a"]), x * 1, activation="silu"), p["c"])
 
     assert_unchanged(call, [x, p["a"], p["c"]], products=products)
+
+
+WIDER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda h, g: h.add_(g),
+    "scaled sum": lambda h, g: h.add_(g, alpha=0.3),
+    "difference": lambda h, g: h.sub_(g),
+    "product": lambda h, g: h.mul_(g),
+    "quotient": lambda h, g: h.div_(g),
+    "sum of a product": lambda h, g: h.addcmul_(g, g),
+}
+
+
+@pytest.mark.parametrize("products", [False, True], ids=["outputs", "products too"])
+@pytest.mark.parametrize("write", WIDER.values(), ids=WIDER)
+def test_a_write_of_a_wider_operand_keeps_the_dtype(write: Callable, products: bool) -> None:
+    """The result is rounded to 16 bits before the next op reads the result, also if that op makes 32 bits of it."""
+    x = random_tensor(ROWS, WIDTH, seed=1, dtype=torch.bfloat16).requires_grad_()
+    wide = torch.nn.Parameter(random_tensor(WIDTH, seed=3).square() + 0.5)
+    weight = torch.nn.Parameter(random_tensor(WIDTH, WIDTH, seed=4))
+
+    def call() -> Tensor:
+        return TF.linear(write(normed(x), wide), weight.bfloat16()), TF.linear(write(normed(x), wide).float(), weight)
+
+    assert_unchanged(call, [x, wide, weight], products=products)

@@ -71,6 +71,25 @@ def _dtype(node: Any) -> tuple:
     return (node._input_metadata[0].dtype,)
 
 
+def _attributes_and_dtype(*names: str) -> Callable[[Any], tuple]:
+    """Reads saved attributes of a node, and the dtype of the output."""
+    attributes = _attributes(*names)
+    return lambda node: (*attributes(node), *_dtype(node))
+
+
+def _in_dtype(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of operands of several dtypes, with the dtype of the result as the last argument.
+
+    An op that writes over its first operand keeps that operand's dtype, where the function returns the widest one.
+    """
+
+    def computed(*arguments: Any) -> Tensor:
+        *given, dtype = arguments
+        return function(*given).to(dtype)
+
+    return computed
+
+
 def _cast(operand: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return operand.to(device, dtype, copy=True)
 
@@ -137,7 +156,7 @@ _BY_INPUT = {
     "CeluBackward0": Rule(torch.celu, ("self",), _attributes("alpha")),
     "ClampBackward1": Rule(torch.clamp, ("self",), _attributes("min", "max")),
     "CosBackward0": Rule(torch.cos, ("self",)),
-    "DivBackward0": Rule(torch.div, ("self", "other")),
+    "DivBackward0": Rule(_in_dtype(torch.div), ("self", "other"), _dtype),
     "EluBackward0": Rule(torch.ops.aten.elu, ("self",), _attributes("alpha", "scale", "input_scale")),
     "ErfBackward0": Rule(torch.erf, ("self",)),
     "GeluBackward0": Rule(_gelu, ("self",), _attributes("approximate")),
@@ -155,7 +174,7 @@ _BY_INPUT = {
         has_several_outputs=True,
     ),
     "MishBackward0": Rule(F.mish, ("self",)),
-    "MulBackward0": Rule(torch.mul, ("self", "other")),
+    "MulBackward0": Rule(_in_dtype(torch.mul), ("self", "other"), _dtype),
     "PowBackward0": Rule(torch.pow, ("self",), _attributes("exponent")),
     "PreluKernelBackward0": Rule(torch.ops.aten._prelu_kernel, ("self", "weight")),
     **{
@@ -190,14 +209,14 @@ ATTENTIONS = frozenset(
 KEEPING_RESULT = frozenset(("SoftmaxBackward0",))
 # Ops that save none of their operands, or not all of them.
 _BY_NEITHER = {
-    "AddBackward0": Rule(_add, (None, None), _attributes("alpha")),
-    "AddcmulBackward0": Rule(_addcmul, (None, "tensor1", "tensor2"), _attributes("value")),
+    "AddBackward0": Rule(_in_dtype(_add), (None, None), _attributes_and_dtype("alpha")),
+    "AddcmulBackward0": Rule(_in_dtype(_addcmul), (None, "tensor1", "tensor2"), _attributes_and_dtype("value")),
     "CatBackward0": Rule(torch.cat, None, _dims("dim")),
     "CloneBackward0": Rule(_contiguous, (None,)),
     "IndexBackward0": Rule(_index, (None,), extras="indices", is_gather=True),
     "IndexSelectBackward0": Rule(_index_select, (None,), _dims("dim"), extras="index", is_gather=True),
     "NegBackward0": Rule(torch.neg, (None,)),
-    "SubBackward0": Rule(_sub, (None, None), _attributes("alpha")),
+    "SubBackward0": Rule(_in_dtype(_sub), (None, None), _attributes_and_dtype("alpha")),
     "ToCopyBackward0": Rule(_cast, (None,), _kind),
     "UpsampleBilinear2DBackward0": Rule(
         torch.ops.aten.upsample_bilinear2d,

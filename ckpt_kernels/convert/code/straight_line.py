@@ -176,12 +176,16 @@ def is_dead(name: str, function: ast.FunctionDef, block: Block, begin: int, end:
     if block.in_with:
         return False
     last = block.statements[end]
+    if isinstance(last, ast.Return):
+        return True
     if isinstance(last, ast.Assign) and any(is_name(target, (name,)) for target in last.targets):
         return True
     for statement in block.statements[end + 1 :]:
         use = first_use(statement, name)
         if use:
             return use == "stored"
+        if isinstance(statement, ast.Return):
+            return True
         if not block.is_body and any(isinstance(node, ast.Break | ast.Continue) for node in ast.walk(statement)):
             return False
     return block.is_body
