@@ -257,7 +257,3 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         _write(pathlib.Path.write_text, options.json, inspect.to_json(usages, libraries, options.arch))
     return 0 if is_well else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

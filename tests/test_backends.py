@@ -178,7 +178,7 @@ def copy_without_libraries(target: pathlib.Path) -> None:
 def test_works_without_the_libraries_and_doctor_says_so(tmp_path: pathlib.Path) -> None:
     copy_without_libraries(tmp_path)
     assert run("-c", CALL, PYTHONPATH=str(tmp_path)).stdout.strip() == "reference"
-    done = run("-m", "ckpt_kernels.cli", "doctor", PYTHONPATH=str(tmp_path))
+    done = run("-m", "ckpt_kernels", "doctor", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert "the library _C was not built" in done.stdout and "served by reference" in done.stdout
 
@@ -187,12 +187,12 @@ def test_doctor_names_a_library_that_does_not_load(tmp_path: pathlib.Path) -> No
     copy_without_libraries(tmp_path)
     (tmp_path / "ckpt_kernels" / "_C.abi3.so").write_bytes(b"not a library")
     assert run("-c", CALL, PYTHONPATH=str(tmp_path)).stdout.strip() == "reference"
-    done = run("-m", "ckpt_kernels.cli", "doctor", PYTHONPATH=str(tmp_path))
+    done = run("-m", "ckpt_kernels", "doctor", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1 and "_C.abi3.so does not load" in done.stdout
 
 
 def test_doctor_finds_no_problem_with_the_library() -> None:
-    done = run("-m", "ckpt_kernels.cli", "doctor")
+    done = run("-m", "ckpt_kernels", "doctor")
     assert done.returncode == 0, done.stdout
     assert "cpu calls" in done.stdout and "served by native" in done.stdout
     assert "instruction set" in done.stdout and "all is well" in done.stdout

@@ -173,7 +173,7 @@ def test_a_missing_matplotlib_is_an_error_before_the_run(
 
 
 def test_the_profiler_prints_nothing() -> None:
-    done = run("-m", "ckpt_kernels.cli", "memory", "tests.test_cli:one_tensor")
+    done = run("-m", "ckpt_kernels", "memory", "tests.test_cli:one_tensor")
     assert done.returncode == 0 and "rofiler" not in done.stdout + done.stderr and done.stderr == ""
 
 

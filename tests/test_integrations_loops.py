@@ -98,6 +98,8 @@ class TestLightning:
             def __init__(self) -> None:
                 super().__init__()
                 self.model, self.loss = blocks(), nn.MSELoss()
+                # A second name for one of the layers.
+                self.first = self.model[0]
 
             def training_step(self, batch: Tensor, index: int) -> Tensor:
                 return self.loss(self.model(batch), batch)
@@ -128,12 +130,19 @@ class TestLightning:
             ours = train(recompute, module="model", inputs=batches()[0])
             same_weights(eager, ours)
             assert saved_bytes(ours, batches()[0]) < saved_bytes(eager, batches()[0])
-        with pytest.raises(ValueError, match=r"the LightningModule holds model, loss; expected module="):
+        with pytest.raises(ValueError, match=r"the LightningModule holds model, loss, first; expected module="):
             train({"*": "block"})
-        with pytest.raises(ValueError, match=r"the LightningModule holds model, loss; expected module="):
+        with pytest.raises(ValueError, match=r"the LightningModule holds model, loss, first; expected module="):
             train("output", logits="head")
-        with pytest.raises(ValueError, match="module is 'net'; expected the name"):
-            train("output", module="net")
+        for missing in ("net", ""):
+            with pytest.raises(ValueError, match=f"module is '{missing}'; expected the name"):
+                train("output", module=missing)
+
+    @pytest.mark.parametrize("name", ["first", "model.0"])
+    def test_a_module_of_two_names(self, train: Callable, name: str) -> None:
+        eager, ours = train(), train("output", module=name)
+        same_weights(eager, ours)
+        assert saved_bytes(ours, batches()[0]) < saved_bytes(eager, batches()[0])
 
     def test_modules_are_found_in_nested_lists(self) -> None:
         pytest.importorskip("pytorch_lightning")

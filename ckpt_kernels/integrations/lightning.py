@@ -80,7 +80,9 @@ class CheckpointKernelsCallback(Callback):
         """The modules to convert, by name."""
         models = dict(_callable_children(pl_module))
         if self.module is not None:
-            models = {name: module for name, module in pl_module.named_modules() if name == self.module and name}
+            # With duplicates, because two attributes may name one module.
+            named = dict(pl_module.named_modules(remove_duplicate=False))
+            models = {self.module: named[self.module]} if self.module and self.module in named else {}
             if not models:
                 raise ValueError(f"module is {self.module!r}; expected the name of a module of the LightningModule")
         is_for_one = not isinstance(self.recompute, str) or self.options["logits"] is not None
