@@ -49,3 +49,15 @@ def test_dropout_of_nothing_or_all_draws_no_random_number(shape: tuple[int, ...]
         assert not F.bias_act(x, dropout_p=p).any()
         assert torch.equal(F.add_rms_norm(x, x, 4, dropout_p=p)[1], x)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("recompute", ["block", "output", "all"])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_a_product_of_rows_without_elements_is_the_bias(norm: str, recompute: str) -> None:
+    x, weight, bias = torch.randn(4, 0, requires_grad=True), torch.randn(3, 0, requires_grad=True), torch.randn(3)
+    bias.requires_grad_()
+    for _ in range(2):  # the second call is made by a plan
+        y = F.norm_linear(x, 0, None, None, weight, bias, norm=norm, recompute=recompute)
+        assert torch.equal(y, bias.expand(4, 3))
+        grads = torch.autograd.grad(y.sum(), (x, weight, bias))
+        assert [grad.shape for grad in grads] == [(4, 0), (3, 0), (3,)] and torch.equal(grads[2], torch.full((3,), 4.0))

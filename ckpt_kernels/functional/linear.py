@@ -31,6 +31,7 @@ from .checks import (
     check_input,
     check_tensor,
     dropout_seed,
+    normalized,
     rms_eps,
     shape_of,
 )
@@ -112,7 +113,7 @@ def norm_linear(
     check_coefficient(norm_weight, "norm_weight", input, normalized_shape)
     check_coefficient(norm_bias, "norm_bias", input, normalized_shape)
     centered = norm_name(norm) == "layer_norm"
-    if columns != input.shape[-1]:
+    if len(normalized(normalized_shape)) != 1:
         raise RuntimeError(f"normalized_shape is {normalized_shape}; expected one dimension")
     if not centered and norm_bias is not None:
         raise ValueError("norm_bias is given; expected None where norm is 'rms_norm'")
@@ -122,7 +123,7 @@ def norm_linear(
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
     eps = (1e-5 if eps is None else number(eps, "eps")) if centered else rms_eps(input, eps)
     for w, b in zip(weights, biases, strict=True):
-        check_linear(w, b, "weight", "bias", columns, input)
+        check_linear(w, b, "weight", "bias", input.shape[-1], input)
     options = (columns, eps, centered, pre, post, offset, cast)
     block = ops.linear_blocks.norm_block(*options)
     known = thin.linear.norm_block(dtypes_of(input, *weights, *biases), input, (norm_weight, norm_bias), options)

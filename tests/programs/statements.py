@@ -27,6 +27,8 @@ PATTERNS: tuple[str, ...] = (
     "$N = $act($x)\n$M = $N * $lin($y)",
     "$v = $x.dtype\n$N = $x.float()\n$N = $N * torch.rsqrt($N.pow(2).mean(-1, keepdim=True) + 1e-6)\n"
     "$M = self.gain * $N.to($v)",
+    "$N = $norm($x)\n$N *= self.gain\n$M = $lin($N)",
+    "$N = $act($lin($x))\n$N.add_(self.gain)\n$M = $lin2($N)",
     "$v = torch.sigmoid($x)\n$N = $x * $v",
     "$v = 0.5 * (1 + torch.erf($x / 2**0.5))\n$N = $x * $v",
     "$v = F.relu($x)\n$N = $v * $v",
