@@ -3,7 +3,7 @@
 `python -m benchmarks.predicted benchmarks/results/nvidia-h200/results.json` compiles, without a GPU, the Triton kernels
 of the blocks in that file and prints a table: for each pass the share of a copy's bandwidth that `ckpt_kernels.inspect`
 estimates and the measured share, both for the bytes that the pass must move. Needs Triton, and not the interpreter.
-`--provider Liger` compares the kernels of Liger-Kernel, if installed.
+`--provider` compares the kernels of Liger-Kernel, if installed, or those that torch.compile writes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from ckpt_kernels.inspect import MACHINES, Machine, Usage, estimate
 from ckpt_kernels.inspect.kernels import usage
 from ckpt_kernels.inspect.roofline import ARCH
 
-OURS, LIGER = "ours (triton)", "Liger"
+OURS, LIGER, INDUCTOR = "ours (triton)", "Liger", "torch.compile"
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,13 @@ def lines(results: dict[str, Any], only: Collection[int] = (), provider: str = O
 def _compiled(provider: str, name: str, rows: int, columns: int, arch: str) -> dict[str, list[Usage]]:
     if provider == OURS:
         return kernels(name, columns, arch)
-    from .peer_kernels import liger_kernels
+    if provider == LIGER:
+        from .liger_kernels import liger_kernels
 
-    return liger_kernels(name, rows, columns, arch)
+        return liger_kernels(name, rows, columns, arch)
+    from .inductor_kernels import inductor_kernels
+
+    return inductor_kernels(name, rows, columns, arch)
 
 
 def table(found: list[Line]) -> str:
@@ -130,7 +134,9 @@ def main() -> None:
     parser.add_argument(
         "--columns", type=positive, nargs="+", default=[], metavar="N", help="rows of these lengths only"
     )
-    parser.add_argument("--provider", choices=[OURS, LIGER], default=OURS, help="whose kernels (default: %(default)s)")
+    parser.add_argument(
+        "--provider", choices=[OURS, LIGER, INDUCTOR], default=OURS, help="whose kernels (default: %(default)s)"
+    )
     parser.add_argument("--out", type=file, help="write the table there, too")
     options = parser.parse_args()
     results = [json.loads(file.read_text()) for file in options.results]

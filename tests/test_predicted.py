@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks import peer_kernels, predicted
+from benchmarks import liger_kernels, predicted
 from ckpt_kernels.backends.triton.launch import Tile, processors
 from ckpt_kernels.inspect import MACHINES, Usage, Work, estimate
 
@@ -62,6 +62,6 @@ def test_a_launch_is_recorded_with_defaults_in_the_kernels_order() -> None:
     stand_in = SimpleNamespace(signature=signature, arg_names=list(signature.parameters))
     x = torch.empty(7, 48, device="meta")
     named = {"BLOCK_SIZE": 64, "scale": 0.5, "num_warps": 8, "num_stages": 2}
-    one = peer_kernels.recorded(stand_in, (7,), (x, 48), named)
+    one = liger_kernels.recorded(stand_in, (7,), (x, 48), named)
     assert one.arguments == (x, 48, 0.5, 64, True) and one.tile == Tile(1, 64, 8, True)
     assert one.programs == 7 * processors(torch.device("meta"))
