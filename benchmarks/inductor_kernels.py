@@ -31,6 +31,7 @@ from ckpt_kernels.backends.triton.launch import Launch, Tile, processors
 from ckpt_kernels.catalogue.blocks import BY_NAME
 from ckpt_kernels.inspect import MACHINES, Usage, estimate
 from ckpt_kernels.inspect.kernels import active_target, target_of, usage
+from ckpt_kernels.inspect.roofline import ARCH
 from ckpt_kernels.inspect.variants import Variant
 
 H200 = MACHINES["H200"]
@@ -82,6 +83,8 @@ def inductor_kernels(name: str, rows: int, columns: int, arch: str) -> dict[str,
 
     Without kernels that have no operand of the block's shape, such as sums of partial weight gradients.
     """
+    if arch != ARCH["H200"]:
+        raise ValueError(f"arch is {arch!r}; expected {ARCH['H200']!r}, for which inductor writes code here")
     found: dict[str, list[Usage]] = {}
     for direction, (module, inputs) in zip(("forward", "backward"), graphs(name, rows, columns), strict=True):
         calls = [one for one in recorded(written(module, inputs), inputs) if _large(one, rows * columns)]
@@ -130,9 +133,9 @@ def written(module: torch.fx.GraphModule, inputs: list[Tensor]) -> str:
     def stop(lowering: graph.GraphLowering) -> None:
         raise _Written(lowering.codegen()[0].value)
 
-    settings = mock.patch.object(graph.GraphLowering, "compile_to_module", stop)
+    stopping = mock.patch.object(graph.GraphLowering, "compile_to_module", stop)
     no_random_state = mock.patch("torch._dynamo.utils.preserve_rng_state", contextlib.nullcontext)
-    with _answering(_ANSWERS), settings, no_random_state, active_target(target_of("sm_90")):
+    with _answering(_ANSWERS), stopping, no_random_state, active_target(target_of(ARCH["H200"])):
         with FakeTensorMode() as mode, torch.no_grad(), tracing(TracingContext(mode)):
             on_gpu = [_like(one, "cuda:0") for one in inputs]
             try:

@@ -58,11 +58,11 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def recorded(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], named: dict[str, Any]) -> Launch:
-    """A launch in the terms of `ckpt_kernels.inspect`, whose tile is one row, from BLOCK_SIZE and the options.
+    """A launch in the terms of `ckpt_kernels.inspect`, with the tile that Liger's constants and options name.
 
     `inspect` divides the number of programs by the multiprocessors of the meta device, of which Liger counts one.
     """
     bound = kernel.signature.bind(*given, **{name: value for name, value in named.items() if name in kernel.arg_names})
     bound.apply_defaults()
-    tile = Tile(1, bound.arguments["BLOCK_SIZE"], named["num_warps"], True)
+    tile = Tile(bound.arguments.get("BLOCK_ROW", 1), bound.arguments["BLOCK_SIZE"], named["num_warps"], True)
     return Launch(kernel, tile, tuple(bound.arguments.values()), grid[0] * processors(torch.device("meta")))

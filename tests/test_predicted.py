@@ -65,3 +65,10 @@ def test_a_launch_is_recorded_with_defaults_in_the_kernels_order() -> None:
     one = liger_kernels.recorded(stand_in, (7,), (x, 48), named)
     assert one.arguments == (x, 48, 0.5, 64, True) and one.tile == Tile(1, 64, 8, True)
     assert one.programs == 7 * processors(torch.device("meta"))
+
+    def of_rows(x: Any, BLOCK_SIZE: int, BLOCK_ROW: int) -> None:
+        """Stands in for a kernel with several rows a program."""
+
+    stand_in = SimpleNamespace(signature=inspect.signature(of_rows), arg_names=["x", "BLOCK_SIZE", "BLOCK_ROW"])
+    one = liger_kernels.recorded(stand_in, (7,), (x,), {"BLOCK_SIZE": 64, "BLOCK_ROW": 16, "num_warps": 4})
+    assert one.tile == Tile(16, 64, 4, True)
