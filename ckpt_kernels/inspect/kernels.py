@@ -188,12 +188,12 @@ def compile_variant(variant: "Variant", target: Any) -> Any:
         signature[parameter.name] = _specialized(value, (index,), constants, attributes)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     options = {name: value for name, value in tile.options.items() if name != "maxnreg" or target.backend == "cuda"}
-    with _active_target(target):
+    with active_target(target):
         return triton.compile(source, target=target, options=options)
 
 
 @contextlib.contextmanager
-def _active_target(target: Any) -> Iterator[None]:
+def active_target(target: Any) -> Iterator[None]:
     """Make `target` Triton's current target, which kernels with inline PTX query while they are compiled."""
     from triton.runtime import driver
 
