@@ -175,3 +175,58 @@ def test_the_recomputation_uses_the_backend_of_the_forward() -> None:
 
     for tree in (Tree(["output"] * 2), Tree([["output"] * 2])):
         assert all(map(torch.equal, run(flat(tree)), run(tree)))
+
+
+class Scaled(nn.Module):
+    """Saves a buffer for the backward pass, and writes to the buffer before or after."""
+
+    def __init__(self, write: str, copies: bool) -> None:
+        super().__init__()
+        self.linear, self.write, self.copies = nn.Linear(WIDTH, WIDTH), write, copies
+        self.register_buffer("scale", torch.full((WIDTH,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.write == "before":
+            self.scale.mul_(1.5)
+        y = self.linear(x) * (self.scale.clone() if self.copies else self.scale)
+        if self.write == "after":
+            self.scale.mul_(1.5)
+        return y
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("write", ["before", "after"])
+def test_a_saved_buffer_has_the_value_of_its_call(write: str, steps: int) -> None:
+    """Eager torch raises an error where a call writes to the buffer that it, or an earlier call, has saved."""
+
+    def gradients(copies: bool, level: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(Scaled(write, copies))
+        ckpt_kernels.convert(model, recompute={"0": level})
+        loss = sum(model(x).square().sum() for x in torch.randn(steps, 3, WIDTH))
+        return list(torch.autograd.grad(loss, list(model.parameters()))) + list(model.buffers())
+
+    for found, expected in zip(gradients(False, "checkpoint"), gradients(True, "none"), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("op", [torch.relu, torch.sigmoid, torch.exp, torch.square], ids=lambda op: op.__name__)
+def test_a_layer_that_writes_over_what_it_saved_is_an_error(op: Any) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            y = op(h)
+            h.add_(1.0)
+            y.add_(1.0)
+            return self.last(y)
+
+    for level in ("none", "checkpoint"):
+        model = nn.Sequential(Layer())
+        ckpt_kernels.convert(model, recompute={"0": level})
+        loss = model(torch.randn(3, WIDTH)).sum()
+        with pytest.raises(RuntimeError, match="modified by an in-?place operation"):
+            loss.backward()

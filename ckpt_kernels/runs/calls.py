@@ -39,7 +39,7 @@ class Place(NamedTuple):
 class Saved:
     """The placeholder that the autograd graph holds for a tensor that a layer saved."""
 
-    __slots__ = ("__weakref__", "checksum", "dtype", "run", "shape", "value")
+    __slots__ = ("__weakref__", "_version", "checksum", "dtype", "run", "shape", "value")
 
     def __init__(self, run: "Run", tensor: Tensor) -> None:
         self.run = run
@@ -49,8 +49,14 @@ class Saved:
         self.dtype = tensor.dtype
         self.checksum = checksum_of(tensor)
         self.value: Tensor | None = None
+        self._version: int | None = None
+
+    def fill(self, value: Tensor) -> None:
+        """Sets the value that the repeated run has saved, a detached alias."""
+        self.value, self._version = value, version_of(value)
 
     def get(self) -> Tensor:
+        """The value, which the rest of the repeated run must not have written to, as autograd demands of any run."""
         repeated = None
         while self.value is None:
             # A repeated run may leave the tensor to an inner run.
@@ -58,6 +64,12 @@ class Saved:
                 raise RuntimeError("a checkpointed layer did not save a tensor again that it saved at first")
             repeated = self.run
             repeated.repeat(self)
+        if self._version is not None and self.value._version != self._version:
+            raise RuntimeError(
+                "a tensor that a checkpointed layer saved for the backward pass, "
+                f"{self.dtype} {tuple(self.shape)}, was modified by an in-place operation: it is at version "
+                f"{self.value._version}; expected version {self._version}"
+            )
         return self.value
 
 
@@ -67,6 +79,8 @@ class Call:
 
     random: RandomState
     reads_own_graph = False
+    # The storages of the buffers that have earlier values while the call is repeated.
+    restored_storages: frozenset[int] = frozenset()
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place], held: Held) -> None:
         self.function = function
@@ -103,9 +117,10 @@ class Call:
         with contextlib.ExitStack() as stack:
             if self.states is not None:
                 stack.enter_context(self.states.restored(list(tensors_among((args, kwargs)))))
-            for buffer in self.buffers:
-                if buffer.is_needed():
-                    stack.enter_context(buffer.restored())
+            restored = [buffer for buffer in self.buffers if buffer.is_needed()]
+            self.restored_storages = frozenset(buffer.tensor.untyped_storage()._cdata for buffer in restored)
+            for buffer in restored:
+                stack.enter_context(buffer.restored())
             if backends.chosen() != self.backend:
                 stack.enter_context(backends.serving(self.backend))
             if autocast_state() != self.autocast:

@@ -15,6 +15,7 @@ from ..call_state import BufferSnapshot
 from ..nested_values import tensors_among
 from ..random_state import RandomState
 from ..recompute import discarding
+from ..recompute.cells import is_plain
 from ..recompute.discarder import Discarder
 from ..saved_tensor_hooks import as_is, steps_aside
 from .arguments import Input, Link, Restored, Source, version_checked, version_of, with_sources
@@ -197,13 +198,16 @@ class Run:
             saved = waiting[count]()
             count += 1
             value = tensor.detach()
+            # The buffer has a later value again when the saved tensor is read.
+            if call.restored_storages and is_plain(value) and value.untyped_storage()._cdata in call.restored_storages:
+                value = value.clone()
             if saved is not None:
                 if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
                     raise RuntimeError(
                         f"a checkpointed layer saves {tensor.dtype} {tuple(tensor.shape)}; expected {saved.dtype} "
                         f"{tuple(saved.shape)}, as at first: does it decide at random?"
                     )
-                saved.value = value
+                saved.fill(value)
                 if saved.checksum is not None and saved.checksum != checksum_of(tensor):
                     note_difference(call.module)
             if is_last and count == len(waiting):
