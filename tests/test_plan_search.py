@@ -94,6 +94,7 @@ def test_a_plan_measured_above_the_budget_is_replanned_for_less() -> None:
     assert second <= 60 - (70 - first)
     assert found.measured.peak <= 60
     assert "too few at first" in found.note
+    assert "too few" not in Searching([]).found(60).note
 
 
 def test_a_level_that_fits_is_chosen_where_all_plans_are_above_the_budget() -> None:
@@ -165,6 +166,40 @@ def test_one_level_for_all_layers_is_chosen_if_it_fits_and_is_faster() -> None:
     assert found.measured == StepCost(simulated(alike(6), found.assignment)[0], 0.5)
     assert "faster than the plan" in found.note
     assert Searching([], {"all layers at 'all'": 1e9}).found(60).assignment != found.assignment
+
+
+def test_a_level_that_was_slower_once_is_not_chosen() -> None:
+    class Noisy(Searching):
+        def seconds(self, what: str, made: Plan | None) -> float:
+            seconds = super().seconds(what, made)
+            return 1e9 if "2 of 2" in what and "all layers" in what else seconds
+
+    search = Noisy([], {"all layers at 'all'": 0.5})
+    assert search.found(60).assignment != choice_everywhere(6, "all")
+    assert search.timed.count("all layers at 'all'") == 2
+
+
+class OneLevel(Searching):
+    """Steps at one level for the whole model, by peaks; later levels are slower."""
+
+    device = torch.device("cpu")
+
+    def peak(self, what: str, made: Plan) -> int:
+        return next(self._given)
+
+    def seconds(self, what: str, made: Plan | None) -> float:
+        self.timed.append(what)
+        return float(len(self.timed))
+
+
+def test_one_level_for_the_whole_model() -> None:
+    """The fastest that fits: eager, "block", "output", "all" and "layer", in this order."""
+    model = nn.Linear(2, 2)
+    for budget, whole in ((90, "none"), (80, "block"), (60, "output"), (50, "all"), (40, "layer")):
+        found = one_level(model, cast(Bench, OneLevel([90, 80, 60, 50, 40])), budget, "no layers")
+        assert (found.whole, found.measured.peak, found.note) == (whole, budget, "no layers")
+    with pytest.raises(DoesNotFit, match="at least 30"):
+        one_level(model, cast(Bench, OneLevel([90, 80, 30, 50, 40])), 20, "")
 
 
 def test_places_of_layers_in_runs() -> None:

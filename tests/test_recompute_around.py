@@ -200,6 +200,14 @@ def test_decorator_wrapper_and_reentrance(p: dict) -> None:
     assert torch.equal(y, module(x))
 
 
+def test_a_context_within_another_leaves_the_outer_one_active() -> None:
+    with recompute.discard_outputs():
+        outer = recompute.discarding()
+        with recompute.discard_outputs(products=True):
+            assert recompute.discarding() is outer
+        assert recompute.discarding() is outer
+
+
 def test_compile_ignores_the_context(p: dict) -> None:
     torch._dynamo.reset()
     x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
