@@ -137,6 +137,10 @@ def test_counters_on_a_class_and_on_a_wrapper() -> None:
 
 
 class Optional(nn.Module):
+    """A forward with an optional argument."""
+
+    norm: nn.Module
+
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -151,6 +155,8 @@ def test_signatures_are_the_originals() -> None:
         lambda m: inspect.signature(m.forward),
         lambda m: inspect.getfullargspec(m.forward).args,
         lambda m: inspect.signature(type(m)),
+        lambda m: [getattr(type(m), f"__{name}__") for name in ("doc", "annotations", "module", "name", "qualname")],
+        lambda m: type(type(m)(8)),
     ):
         assert question(converted) == question(model)
 
@@ -266,3 +272,15 @@ def test_modules_of_one_class_share_the_converted_class() -> None:
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8))
     ckpt_kernels.convert(model)
     assert ckpt_kernels.is_converted(model[0]) and type(model[0]) is type(model[2])
+
+
+def test_a_patch_of_a_converted_class_holds_for_no_later_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the patch is on the converted class, or on the class that the forward was taken from."""
+    models = [nn.Sequential(nn.GELU()) for _ in range(3)]
+    ckpt_kernels.convert(models[0], recompute="block")
+    monkeypatch.setattr(type(models[0][0]), "extra_repr", lambda module: "patched")
+    ckpt_kernels.convert(models[1], recompute="block")
+    assert "patched" in repr(models[0]) and "patched" not in repr(models[1])
+    monkeypatch.setattr(nn.GELU, "forward", lambda module, x: 0 * x)
+    ckpt_kernels.convert(models[2], recompute="block")
+    assert type(models[2][0]) is not type(models[1][0]) and not models[2](torch.ones(3)).any()
