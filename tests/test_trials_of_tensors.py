@@ -25,6 +25,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "the variance of columns": (lambda x: x.var(0), "reduces over other dimensions"),
     "a device": (lambda x: x.to("cpu"), "casts to more than a dtype"),
     "a device by name": (lambda x: x.to(device="cpu", dtype=torch.float64), "casts to more than a dtype"),
+    "a layout": (lambda x: x.to(torch.float64, memory_format=torch.preserve_format), "casts to more than a dtype"),
     "the name of a type": (lambda x: x * len(x.type()), "reads the type of its input"),
     "a pair": (lambda x: (x, x), "returns something else than a tensor"),
     "a parameter": (nn.Parameter, "returns something else than a tensor"),
@@ -32,7 +33,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 ALLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "a view of all": lambda x: x[:, :, :].clone(),
     "a tiny bound": lambda x: x / x.mean(-1, keepdim=True).clamp_min(1e-12),
-    "casts": lambda x: x.to(torch.float64).type(torch.float32).to(x),
+    "casts": lambda x: x.to(torch.float64).to(dtype=torch.float32).type(torch.float64).to(x),
 }
 
 
