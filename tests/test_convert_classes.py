@@ -136,6 +136,20 @@ def test_counters_on_a_class_and_on_a_wrapper() -> None:
     assert model.calls == 1
 
 
+class CountedByWrapper(MLP):
+    @_counted
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+def test_a_counter_on_a_wrapper_alone() -> None:
+    model = CountedByWrapper()
+    ckpt_kernels.convert(model)
+    for count in (1, 2):
+        model(torch.randn(3, 16))
+        assert model.forward.calls == count
+
+
 class Optional(nn.Module):
     """A forward with an optional argument."""
 
