@@ -151,10 +151,6 @@ def test_a_counter_on_a_wrapper_alone() -> None:
 
 
 class Optional(nn.Module):
-    """A forward with an optional argument."""
-
-    norm: nn.Module
-
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -164,7 +160,12 @@ class Optional(nn.Module):
 
 
 def test_signatures_are_the_originals() -> None:
-    model, converted = twins(Optional())
+    class Local(Optional):
+        """A class within a function."""
+
+        norm: nn.Module
+
+    model, converted = twins(Local())
     for question in (
         lambda m: inspect.signature(m.forward),
         lambda m: inspect.getfullargspec(m.forward).args,
