@@ -75,3 +75,29 @@ def test_negative_views_have_no_recipe(x: Tensor) -> None:
     call()
     assert_unchanged(call, [x])
     assert_unchanged(call, [x], temporaries=True)
+
+
+@pytest.mark.usefixtures("path")
+def test_complex_views_of_float32_copies_are_kept() -> None:
+    """Of the copy itself 16 bits would be enough."""
+    x = random_tensor(ROWS, WIDTH, dtype=torch.bfloat16).requires_grad_()
+
+    def call() -> Tensor:
+        c = torch.view_as_complex(x.float().view(-1, 2))
+        return torch.view_as_real(c * c.sin())
+
+    call()
+    assert_unchanged(call, [x])
+
+
+@pytest.mark.usefixtures("path")
+def test_nested_tensors_are_kept() -> None:
+    parts = [random_tensor(count, WIDTH).requires_grad_() for count in (3, 5)]
+    p = Parameters()
+
+    def call() -> Tensor:
+        nested = torch.nested.as_nested_tensor(parts)
+        return torch.nested.to_padded_tensor(TF.linear(TF.silu(nested), p["a"]), 0.0)
+
+    call()
+    assert_unchanged(call, [*parts, p["a"]])
