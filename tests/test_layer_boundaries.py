@@ -91,6 +91,7 @@ def test_complex_views_of_float32_copies_are_kept() -> None:
 
 
 @pytest.mark.usefixtures("path")
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
 def test_nested_tensors_are_kept() -> None:
     parts = [random_tensor(count, WIDTH).requires_grad_() for count in (3, 5)]
     p = Parameters()
