@@ -53,6 +53,8 @@ def eager(kind, x, groups, w, b):
 @pytest.mark.parametrize("kind", ["batch", "group", "instance"])
 def test_every_shape_in_both_memory_formats(kind: str, shape: tuple, last: bool, backend: str) -> None:
     groups = {"batch": 0, "group": 1 if shape[1] % 2 else 2, "instance": shape[1]}[kind]
+    # Where two values make a group, and are nearly equal, torch's own gradients have no correct digit.
+    torch.manual_seed(0)
     x, g = randn(*shape), randn(*shape)
     if last and len(shape) > 2:
         x, g = channels_last(x), channels_last(g)
