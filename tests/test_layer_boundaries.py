@@ -102,3 +102,10 @@ def test_nested_tensors_are_kept() -> None:
 
     call()
     assert_unchanged(call, [*parts, p["a"]])
+
+
+def test_an_output_within_a_larger_tensor_has_no_recipe(discarder: Any, x: Tensor) -> None:
+    """A tensor that is computed again begins at the start of its memory."""
+    for output, has_recipe in (((x * 1)[1:], False), (x[1:] * 1, True), (x.detach() * 1, False)):
+        discarder.record(output, (lambda given: given[1:] * 1, (x,)))
+        assert (discarder.all_entries.of(output) is not None) is has_recipe
