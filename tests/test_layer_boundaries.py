@@ -66,18 +66,6 @@ def path(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("path")
-def test_negative_views_have_no_recipe(x: Tensor) -> None:
-    """The memory of a view has the other sign."""
-
-    def call() -> Tensor:
-        return torch.view_as_complex(normed(x).view(-1, 2)).conj().imag.square()
-
-    call()
-    assert_unchanged(call, [x])
-    assert_unchanged(call, [x], temporaries=True)
-
-
-@pytest.mark.usefixtures("path")
 def test_complex_views_of_float32_copies_are_kept() -> None:
     """Of the copy itself 16 bits would be enough."""
     x = random_tensor(ROWS, WIDTH, dtype=torch.bfloat16).requires_grad_()
