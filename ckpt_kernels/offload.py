@@ -243,7 +243,8 @@ class LayerCall:
         """The offloaded storage; several tensors may be views of one."""
         key = storage._cdata, version
         references = self._by_storage.get(key)
-        stored = None if references is None or references[0].expired() else references[1]()
+        # The weak reference to the storage keeps its address from being given to another storage.
+        stored = None if references is None else references[1]()
         if stored is None:
             stored = OffloadedStorage(self, to_host(_bytes_of(storage)), storage.device)
             self._by_storage[key] = StorageWeakRef(storage), weakref.ref(stored)

@@ -3,6 +3,7 @@
 import copy
 import socket
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -52,6 +53,8 @@ def eager(kind, x, groups, w, b):
 @pytest.mark.parametrize("kind", ["batch", "group", "instance"])
 def test_every_shape_in_both_memory_formats(kind: str, shape: tuple, last: bool, backend: str) -> None:
     groups = {"batch": 0, "group": 1 if shape[1] % 2 else 2, "instance": shape[1]}[kind]
+    # Where two values make a group, and are nearly equal, torch's own gradients have no correct digit.
+    torch.manual_seed(0)
     x, g = randn(*shape), randn(*shape)
     if last and len(shape) > 2:
         x, g = channels_last(x), channels_last(g)
@@ -335,6 +338,23 @@ def test_running_statistics_that_torch_rejects(training: bool) -> None:
         for call in (torch.nn.functional.batch_norm, F.batch_norm):
             with pytest.raises(RuntimeError):
                 call(x, *given, training=training)
+    # Without gradients torch takes them.
+    with torch.no_grad():
+        found = F.batch_norm(x, mean.clone().requires_grad_(), var.clone(), training=training)
+    expected = F.batch_norm(x, mean.clone(), var.clone(), training=training)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_trace_updates_running_statistics_by_batches_of_any_size() -> None:
+    def found(norm: Callable[..., torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, var = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
+        given = randn(2, 4, 3), mean.clone(), var.clone()
+        traced = torch.jit.trace(lambda x, m, v: norm(x, m, v, training=True), given, check_trace=False)
+        traced(x, mean, var)
+        return mean, var
+
+    x = randn(3, 4, 2)
+    torch.testing.assert_close(found(F.batch_norm, x), found(torch.nn.functional.batch_norm, x))
 
 
 def test_a_pass_in_training_leaves_the_graph_of_one_in_evaluation() -> None:

@@ -45,6 +45,7 @@ MADE: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "two blocks, scaled twice": (lambda x: scaled(scaled(normed(normed(x)))), False),
     "a sum with two blocks": (lambda x: summed(normed(x), normed(normed(x))), False),
     "a product of torch": (lambda x: x @ x.T, False),
+    "the sine of a product of torch, scaled": (lambda x: scaled((x @ x.T).sin()), False),
     "a product, scaled": (lambda x: scaled(product(x)), False),
 }
 

@@ -136,6 +136,20 @@ def test_counters_on_a_class_and_on_a_wrapper() -> None:
     assert model.calls == 1
 
 
+class CountedByWrapper(MLP):
+    @_counted
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+def test_a_counter_on_a_wrapper_alone() -> None:
+    model = CountedByWrapper()
+    ckpt_kernels.convert(model)
+    for count in (1, 2):
+        model(torch.randn(3, 16))
+        assert model.forward.calls == count
+
+
 class Optional(nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -146,11 +160,18 @@ class Optional(nn.Module):
 
 
 def test_signatures_are_the_originals() -> None:
-    model, converted = twins(Optional())
+    class Local(Optional):
+        """A class within a function."""
+
+        norm: nn.Module
+
+    model, converted = twins(Local())
     for question in (
         lambda m: inspect.signature(m.forward),
         lambda m: inspect.getfullargspec(m.forward).args,
         lambda m: inspect.signature(type(m)),
+        lambda m: [getattr(type(m), f"__{name}__") for name in ("doc", "annotations", "module", "name", "qualname")],
+        lambda m: type(type(m)(8)),
     ):
         assert question(converted) == question(model)
 
@@ -266,3 +287,15 @@ def test_modules_of_one_class_share_the_converted_class() -> None:
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8))
     ckpt_kernels.convert(model)
     assert ckpt_kernels.is_converted(model[0]) and type(model[0]) is type(model[2])
+
+
+def test_a_patch_of_a_converted_class_holds_for_no_later_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the patch is on the converted class, or on the class that the forward was taken from."""
+    models = [nn.Sequential(nn.GELU()) for _ in range(3)]
+    ckpt_kernels.convert(models[0], recompute="block")
+    monkeypatch.setattr(type(models[0][0]), "extra_repr", lambda module: "patched")
+    ckpt_kernels.convert(models[1], recompute="block")
+    assert "patched" in repr(models[0]) and "patched" not in repr(models[1])
+    monkeypatch.setattr(nn.GELU, "forward", lambda module, x: 0 * x)
+    ckpt_kernels.convert(models[2], recompute="block")
+    assert type(models[2][0]) is not type(models[1][0]) and not models[2](torch.ones(3)).any()

@@ -175,6 +175,15 @@ def test_a_submodule_called_alone_discards_outputs() -> None:
     assert ckpt_kernels.is_converted(model.body.norm)
 
 
+def test_a_layer_called_alone_converts_late_modules() -> None:
+    model = made()
+    ckpt_kernels.convert(model, recompute="layer")
+    layer = model.body.layers[0]
+    layer.norm = nn.LayerNorm(WIDTH).to(DEVICE)
+    layer(rows())
+    assert ckpt_kernels.is_converted(layer.norm)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_report_and_revert_include_late_modules(level: str) -> None:
     model = made()

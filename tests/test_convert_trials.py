@@ -13,7 +13,7 @@ import ckpt_kernels
 from ckpt_kernels.convert.code.settings import as_setting, bare_module, has_settings, is_plain
 
 from .conftest import DEVICE
-from .conversion import WIDTH, close, random_tensor, replacement_of, results_of
+from .conversion import WIDTH, close, random_tensor, reason_of, replacement_of, results_of
 
 
 def converted(module: nn.Module) -> nn.Module:
@@ -169,6 +169,19 @@ def test_functions_of_parameters_and_sizes_are_not_taken_for_the_parameter(kind:
     report = ckpt_kernels.convert(nn.Sequential(kind()))
     assert replacement_of(report, "0") is None
     assert replacement_of(ckpt_kernels.convert(nn.Sequential(Itself())), "0") == "rms_norm"
+
+
+def test_no_finalizer_of_a_norm_runs() -> None:
+    finalized = []
+
+    class FinalizedNorm(Itself):
+        def __del__(self) -> None:
+            finalized.append(self)
+
+    model = nn.Sequential(FinalizedNorm())
+    report = ckpt_kernels.convert(model)
+    assert not finalized and "has a finalizer" in reason_of(report, "0")
+    del FinalizedNorm.__del__
 
 
 class ThirdSize(OfFunction):

@@ -278,3 +278,20 @@ def test_products_outside_of_layers_run_again() -> None:
         ckpt_kernels.convert(model, recompute=level)
         kept[level] = saved_bytes(model, torch.randn(2, 8, WIDTH, device=DEVICE).requires_grad_())
     assert kept["layer"] <= kept["all"] < kept["output"]
+
+
+def test_other_products_outside_of_layers_are_kept() -> None:
+    """A product that no block reads runs again in layers alone."""
+
+    class WithTail(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([PreNorms()])
+            self.up, self.down = nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(8 * WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(self.layers[0](x)).sin())
+
+    model, x = WithTail().to(DEVICE), torch.randn(2, 8, WIDTH, device=DEVICE).requires_grad_()
+    ckpt_kernels.convert(model, recompute="layer")
+    assert saved_bytes(model, x) > 8 * x.nbytes

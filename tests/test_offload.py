@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -262,13 +263,69 @@ class Multiplying(nn.Module):
 def test_buffers_stay_and_written_tensors_are_copied_again(alive: weakref.WeakSet) -> None:
     model, x = nn.Sequential(Multiplying()), torch.randn(2, 4, requires_grad=True)
     offload.offload(model, "0", least=1)
-    model(x).sum().backward()
+    loss = model(x).sum()
+    assert model[0].buffer.flatten().tolist() not in [storage.host.view(torch.float32).tolist() for storage in alive]
+    loss.backward()
     assert torch.equal(x.grad, torch.full_like(x, 3.0 + 7.0 + 2.0))
-    # The offloaded storages that are left belong to the unused graph.
-    assert model[0].buffer.tolist() not in [storage.host.view(torch.float32).view(2, 4).tolist() for storage in alive]
     with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
         model(x).sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 24.0))
+
+
+class Scaled(nn.Module):
+    """Multiplies by a parameter of its own and by one that belongs to nobody below; reads a part and the whole."""
+
+    def __init__(self, foreign: nn.Parameter) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.ones(8))
+        self.foreign = [foreign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = x * self.own * self.foreign[0]
+        part = whole[:, :4]
+        return (part * part).sum() + (whole * whole).sum()
+
+
+def test_tensors_that_stay_are_passed_to_hooks_around_as_they_are(alive: weakref.WeakSet) -> None:
+    """Parameters stay, those of other modules too."""
+    foreign, seen = nn.Parameter(torch.full((8,), 2.0)), []
+    model, x = nn.Sequential(Scaled(foreign)), torch.randn(4, 8, requires_grad=True)
+    offload.offload(model, "0", least=foreign.nbytes)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor):
+        output = model(x)
+    assert [tensor is parameter for tensor, parameter in zip(seen, (model[0].own, foreign), strict=True)] == [True] * 2
+    # Views of one storage are one copy: the input, the first product, and the second one with its part.
+    assert output.requires_grad and [storage.host.nbytes for storage in alive] == [x.nbytes] * 3
+
+
+def test_an_outer_contexts_products_are_discarded_in_an_offloaded_layer(alive: weakref.WeakSet) -> None:
+    act = ckpt_kernels.nn.BiasAct(64, activation="gelu")
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 64), act, nn.Linear(64, 8)))
+    x = torch.randn(128, 8, requires_grad=True)
+    offload.offload(model, "0", least=x.nbytes)
+    with ckpt_kernels.recompute.discard_outputs(model, products=True):
+        loss = model(x).sum()
+    assert [storage.host.nbytes for storage in alive] == [x.nbytes]
+    del loss
+
+
+def test_a_forward_without_gradients_is_no_part_of_the_chain(alive: weakref.WeakSet) -> None:
+    model, x = blocks(), torch.randn(2, 8, 16)
+    offload.offload(model, "*", least=1)
+    hidden = model[0](x)
+    with torch.no_grad():
+        model[0](x)
+    loss = model[1](hidden).sum()
+    calls = {storage.call for storage in alive}
+    assert [call for call in calls if call.before is not None and call.before() in calls]
+    del loss
+
+
+def test_a_pickle_has_the_least_size() -> None:
+    model, x = blocks(), torch.randn(2, 8, 16)
+    kept = saved_bytes(model, x)
+    offload.offload(model, "*", least=2**20)
+    assert saved_bytes(pickle.loads(pickle.dumps(model)), x) == kept
 
 
 def test_a_copy_of_the_model_has_its_own_chain(alive: weakref.WeakSet) -> None:
@@ -293,6 +350,10 @@ def test_bad_arguments_are_errors_and_a_cpu_is_a_warning() -> None:
     for arguments, message in (((3, "0"), "model is int"), ((blocks(), 3), "layers is int")):
         with pytest.raises(TypeError, match=message):
             offload.offload(*arguments)
+    replaced = nn.Sequential(nn.Tanh())
+    replaced[0].forward = torch.tanh
+    with pytest.raises(ValueError, match=r"expected layers whose forward is a plain method .*, unlike 0"):
+        offload.offload(replaced, "0")
     with pytest.raises(ValueError, match="least is -1"):
         offload.offload(blocks(), "0", least=-1)
     with pytest.warns(UserWarning, match="simulated and saves no memory"):

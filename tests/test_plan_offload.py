@@ -23,6 +23,7 @@ from ckpt_kernels.plan.costs import FIXED, Assignment, Checkpoint, Checkpointed,
 from ckpt_kernels.plan.marks import Position, Segment
 from ckpt_kernels.plan.measure import Measurements, measure_choices
 from ckpt_kernels.plan.offloading import Solutions, is_offloaded, offloaded_cost
+from ckpt_kernels.plan.search import _bound
 from ckpt_kernels.plan.stages import Stages, _undominated
 from ckpt_kernels.plan.trials import Trials
 
@@ -110,11 +111,15 @@ def test_the_optimum_of_alike_layers(seed: int) -> None:
         assert seconds <= min(seconds for need, seconds in tried if need <= memory) + 1e-9
 
 
-def test_a_thinned_front_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thinned_front_says_so_and_has_a_lower_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     stages = chain(random.Random(0), 2)
-    assert not Solutions(stages).is_thinned
+    exact, measurements = Solutions(stages), SimpleNamespace(stages=stages)
     monkeypatch.setattr(offloading, "_LIMIT", 2)
-    assert Solutions(stages).is_thinned
+    thinned = Solutions(stages)
+    assert thinned.is_thinned and not exact.is_thinned
+    needs = exact.front.needs.tolist()
+    assert any(thinned.front.at(need) > exact.front.at(need) for need in needs)
+    assert all(_bound(measurements, thinned, need) <= exact.front.at(need) for need in needs)
 
 
 def test_predictions_are_no_less_than_the_simulated_peak() -> None:
@@ -214,6 +219,14 @@ def test_the_costs_of_offloaded_layers() -> None:
     # For the code between, the choice of most bytes among those of converted layers without offload.
     assert gap.costs[FIXED].kept == after.costs[FIXED].kept == 6
     assert not any(stage.checkpointed for stage in (first, last))
+
+
+@pytest.mark.usefixtures("half_a_second_a_byte")
+def test_a_layer_leaves_what_it_leaves_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it leaves in a step with all layers offloaded counts only where no other step fits."""
+    monkeypatch.setattr(stages_module, "offloaded_cost", lambda *given: (*offloaded_cost(*given)[:2], 99))
+    on_host, on_device = {"output, offload": (8, 3, (40, 3))}, {"output": (60, 6, (0, 0))}
+    assert [stages_of_steps(choices)[0].left for choices in (on_host, on_device | on_host)] == [99, 0]
 
 
 @pytest.mark.usefixtures("half_a_second_a_byte")

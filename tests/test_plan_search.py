@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ckpt_kernels import DoesNotFit, Plan, memory, plan
 from ckpt_kernels.plan.bench import Bench, StepCost
 from ckpt_kernels.plan.budget import bytes_of
-from ckpt_kernels.plan.costs import Checkpoint, Cost, Stage, StageAt
+from ckpt_kernels.plan.costs import FIXED, Checkpoint, Cost, Stage, StageAt
 from ckpt_kernels.plan.fronts import Front
 from ckpt_kernels.plan.marks import peak_of
 from ckpt_kernels.plan.measure import Measurements, measure_choices
 from ckpt_kernels.plan.plan import structure_of
-from ckpt_kernels.plan.search import _best, _candidates, budget_bytes, fastest, one_level
+from ckpt_kernels.plan.search import _best, _candidates, _Plans, budget_bytes, fastest, one_level
 from ckpt_kernels.plan.solve import Solver
 from ckpt_kernels.runs import Place, is_repeating
 
@@ -94,6 +94,7 @@ def test_a_plan_measured_above_the_budget_is_replanned_for_less() -> None:
     assert second <= 60 - (70 - first)
     assert found.measured.peak <= 60
     assert "too few at first" in found.note
+    assert "too few" not in Searching([]).found(60).note
 
 
 def test_a_level_that_fits_is_chosen_where_all_plans_are_above_the_budget() -> None:
@@ -117,7 +118,8 @@ def test_other_plans_are_tried_where_predictions_differ_in_error() -> None:
 def test_eager_is_chosen_if_it_fits_and_is_faster() -> None:
     assert Searching([], {"eager": 0.0}, eager=130).found(60).whole is None
     assert Searching([], {"eager": 1e9}, eager=130).found(200).whole is None
-    assert Searching([], {"eager": 0.0}, eager=130).found(200).whole == "none"
+    found = Searching([], {"eager": 0.0}, eager=130).found(200)
+    assert found.whole == "none" and found.bound == found.predicted.seconds == 0.0
     assert Searching([], {"eager": 0.0}, eager=130).found(130).whole == "none"
 
 
@@ -165,6 +167,51 @@ def test_one_level_for_all_layers_is_chosen_if_it_fits_and_is_faster() -> None:
     assert found.measured == StepCost(simulated(alike(6), found.assignment)[0], 0.5)
     assert "faster than the plan" in found.note
     assert Searching([], {"all layers at 'all'": 1e9}).found(60).assignment != found.assignment
+
+
+def test_all_layers_in_checkpoints_of_their_own() -> None:
+    """The code after the layers is in none. The peak is that of the step."""
+    after = Stage("after", "", 0, 0, {FIXED: Cost(1, 3, 4, 0.1, 0.1)})
+    steps = {"checkpoint": StepCost(1234, 5.0)}
+    measurements = Measurements([*alike(2), after], ["a", "b", ""], steps, {}, [])
+    found = _Plans(nn.Linear(2, 2), (2, 3), measurements, None, 0.0, []).at_one("checkpoint")
+    layers = (Checkpoint((StageAt(index, "output"),)) for index in range(2))
+    assert found is not None and found.assignment == (*layers, StageAt(2, FIXED))
+    assert found.measured.peak == 1234
+
+
+def test_a_level_that_was_slower_once_is_not_chosen() -> None:
+    class Noisy(Searching):
+        def seconds(self, what: str, made: Plan | None) -> float:
+            seconds = super().seconds(what, made)
+            return 1e9 if "2 of 2" in what and "all layers" in what else seconds
+
+    search = Noisy([], {"all layers at 'all'": 0.5})
+    assert search.found(60).assignment != choice_everywhere(6, "all")
+    assert search.timed.count("all layers at 'all'") == 2
+
+
+class OneLevel(Searching):
+    """Steps at one level for the whole model, by peaks; later levels are slower."""
+
+    device = torch.device("cpu")
+
+    def peak(self, what: str, made: Plan) -> int:
+        return next(self._given)
+
+    def seconds(self, what: str, made: Plan | None) -> float:
+        self.timed.append(what)
+        return float(len(self.timed))
+
+
+def test_one_level_for_the_whole_model() -> None:
+    """The fastest that fits: eager, "block", "output", "all" and "layer", in this order."""
+    model = nn.Linear(2, 2)
+    for budget, whole in ((90, "none"), (80, "block"), (60, "output"), (50, "all"), (40, "layer")):
+        found = one_level(model, cast(Bench, OneLevel([90, 80, 60, 50, 40])), budget, "no layers")
+        assert (found.whole, found.measured.peak, found.note) == (whole, budget, "no layers")
+    with pytest.raises(DoesNotFit, match="at least 30"):
+        one_level(model, cast(Bench, OneLevel([90, 80, 30, 50, 40])), 20, "")
 
 
 def test_places_of_layers_in_runs() -> None:

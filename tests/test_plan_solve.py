@@ -195,3 +195,15 @@ def test_choices_that_may_not_be_inside_are_in_no_checkpoint() -> None:
     assert runs and {choice.level for choice in stages_of(tuple(runs))} == {"layer"}
     with pytest.raises(ValueError, match="'none' in a checkpoint; expected one of layer"):
         predicted(stages, (Checkpoint(choice_everywhere(9, "none")),))
+
+
+def test_the_output_of_the_stage_before_is_there_in_the_first_pass_of_a_checkpoint() -> None:
+    costs = {"none": Cost(1, 1, 1, 1.0, 1.0)}
+    stages = [Stage(f"s{i}", "S", 50, 0, costs, Checkpointed(0, 60, 1.0, 0.0), i > 0, i) for i in range(2)]
+    parts = (Checkpoint((StageAt(0, "none"), StageAt(1, "none"))),)
+    assert predicted(stages, parts)[0] == simulated(stages, parts)[0] == 50 + 60
+
+
+def test_a_step_that_frees_more_than_it_takes_has_no_negative_peak() -> None:
+    stages = [Stage("s", "S", 0, -9, {"none": Cost(-9, -9, -9, 1.0, 1.0)}, None, False, 0)]
+    assert predicted(stages, (StageAt(0, "none"),)) == (0, 2.0)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
+from ckpt_kernels.recompute import nodes
 from ckpt_kernels.recompute.rules import CONVOLUTIONS, PRODUCTS, RULES_IN_LAYERS
 
 from .conftest import DEVICE
@@ -103,7 +104,7 @@ MADE = {
     "PermuteBackward0": lambda n, p: three(n).permute(-2, 0, -1).neg().permute(1, 0, 2),
     "SelectBackward0": lambda n, p: n.view(2, -1, WIDTH).select(0, -1).neg(),
     "SliceBackward0": lambda n, p: n[1:-1:2, 4:].neg() @ p["a"][4:],
-    "IndexBackward0": lambda n, p: n[torch.arange(ROWS, device=DEVICE) // 2],
+    "IndexBackward0": lambda n, p: n[:, torch.arange(WIDTH, device=DEVICE) // 2],
     "IndexSelectBackward0": lambda n, p: n.index_select(1, torch.arange(n.shape[1], device=DEVICE) // 2),
     "SplitBackward0": lambda n, p: -n.split(WIDTH // 2, -1)[-1] @ p["a"][: WIDTH // 2],
     "SplitWithSizesBackward0": lambda n, p: -n.split((4, WIDTH - 4), -1)[1] @ p["a"][4:],
@@ -168,6 +169,40 @@ def test_a_write_to_an_index_is_torchs_error(late: bool, x: Tensor) -> None:
     for function in (call, recompute.discard_outputs()(call)):
         with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
             torch.autograd.grad(function().sum(), [x])
+
+
+def test_an_index_that_is_written_to_before_the_read_of_the_rows(x: Tensor) -> None:
+    """The gradient of the reader's weight does not need the index."""
+    p = Parameters()
+
+    def call() -> Tensor:
+        index = torch.arange(ROWS, device=DEVICE)
+        made = normed(x)[index]
+        index.zero_()
+        return TF.linear(made, p["a"])
+
+    assert_same_outcome(call, [p["a"]])
+
+
+def test_an_index_within_a_checkpoint_is_not_read_outside(x: Tensor) -> None:
+    """The index is that of a context within; to read the index would run the checkpoint again."""
+    p, calls = Parameters(), []
+
+    def part(h: Tensor) -> Tensor:
+        calls.append(h)
+        with recompute.discard_outputs():
+            return h[torch.arange(ROWS, device=DEVICE)]
+
+    with recompute.discard_outputs():
+        y = TF.linear(checkpoint(part, x.sigmoid(), use_reentrant=False), p["a"])
+    torch.autograd.grad(y.sum(), [p["a"]])
+    assert len(calls) == 1
+
+
+def test_a_watch_is_that_of_one_output(x: Tensor) -> None:
+    _, second = x.sigmoid().chunk(2)
+    nodes.watch(second)
+    assert nodes.is_watched(second.grad_fn, 1) and not nodes.is_watched(second.grad_fn, 0)
 
 
 def test_readers_of_both_outputs_of_a_block(x: Tensor) -> None:

@@ -99,6 +99,19 @@ def test_hooks_around_and_inside(p: dict) -> None:
         assert_same_bits(gradients(reader, p, recompute.discard_outputs()), expected)
 
 
+def test_a_write_to_an_operand_that_hooks_around_keep_is_an_error(p: dict) -> None:
+    """The hooks may keep the memory itself, in which the old values are gone."""
+    x = torch.randn(8, WIDTH, device=DEVICE, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        with recompute.discard_outputs():
+            h = x * 1
+            y = TF.linear(h * x.sin(), p["a"])
+            with torch.no_grad():
+                h.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an in-place operation"):
+        torch.autograd.grad(y.sum(), p["a"])
+
+
 @by_reader
 def test_within_a_checkpoint(reader: Callable, p: dict) -> None:
     def loss(around: Callable[[], contextlib.AbstractContextManager]) -> list:
@@ -198,6 +211,14 @@ def test_decorator_wrapper_and_reentrance(p: dict) -> None:
     with context, context:
         y = module(x)
     assert torch.equal(y, module(x))
+
+
+def test_a_context_within_another_leaves_the_outer_one_active() -> None:
+    with recompute.discard_outputs():
+        outer = recompute.discarding()
+        with recompute.discard_outputs(products=True):
+            assert recompute.discarding() is outer
+        assert recompute.discarding() is outer
 
 
 def test_compile_ignores_the_context(p: dict) -> None:

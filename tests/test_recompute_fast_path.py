@@ -385,6 +385,17 @@ def test_a_class_without_the_collector_is_as_one_with_slots() -> None:
     assert sys.getrefcount(made) == count
 
 
+def test_without_the_library_or_with_an_older_one_a_class_is_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class One:
+        __slots__ = ("first",)
+
+    with monkeypatch.context() as older:
+        older.delattr(fast_path.library, "untracked")
+        assert untracked(One) is One
+    monkeypatch.setitem(sys.modules, "ckpt_kernels._thin", None)
+    assert untracked(One) is One
+
+
 def test_the_collector_does_not_know_cells() -> None:
     x, weight = random_tensor(4, 8, seed=1).requires_grad_(), random_tensor(8, 8).requires_grad_()
     with recompute.discard_outputs():

@@ -143,6 +143,15 @@ class Own(nn.Parameter):
     """A user's parameter class, which may have its memory elsewhere."""
 
 
+def test_a_module_may_get_the_weights_later() -> None:
+    model, x = made()
+    holder = nn.Module()
+    call = discard_outputs(holder)(model)
+    assert kept_copies(call, model, x) == 2
+    holder.experts = model
+    assert kept_copies(call, model, x) == 0
+
+
 def test_a_parameter_of_another_class_is_not_gathered_again() -> None:
     model, x = made()
     model.up = Own(model.up.detach())

@@ -129,6 +129,13 @@ def test_a_written_boundary_is_no_boundary() -> None:
     assert boundaries.of(tensor) is None
 
 
+def test_boundaries_of_freed_tensors_are_removed() -> None:
+    boundaries = LayerBoundaries()
+    for _ in range(3):
+        boundaries.add(torch.ones(2))
+    assert len(boundaries) == 1
+
+
 @pytest.mark.parametrize("level", ("block", "output", "all", "layer"))
 @pytest.mark.parametrize("products", (False, True))
 def test_another_level_holds_for_its_context_alone(products: bool, level: str) -> None:

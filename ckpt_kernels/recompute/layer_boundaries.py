@@ -34,7 +34,10 @@ class Boundary:
 
 
 class LayerBoundaries(dict[int, Boundary]):
-    """The boundary tensors, by the addresses of their storages."""
+    """The boundary tensors, by the addresses of their storages.
+
+    A weak reference to a storage keeps its address from being given to another storage.
+    """
 
     def add(self, tensor: Tensor, original: Boundary | None = None) -> None:
         for key in [key for key, held in self.items() if held.storage.expired()]:
@@ -45,9 +48,7 @@ class LayerBoundaries(dict[int, Boundary]):
     def of(self, tensor: Tensor) -> Boundary | None:
         """The boundary tensor that shares the storage of `tensor`, if there was no in-place write since."""
         held = self.get(tensor.untyped_storage()._cdata) if self else None
-        if held is None or held.storage.expired() or held.version != tensor._version:
-            return None
-        return held
+        return None if held is None or held.version != tensor._version else held
 
     def made_by(self, node: Any, output: int) -> Tensor | Cell | None:
         """The boundary tensor that is this output of a node, or the cell of a saved copy of the whole tensor.

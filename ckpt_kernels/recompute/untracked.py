@@ -23,6 +23,6 @@ def untracked(kind: _Class) -> _Class:
     except (ImportError, OSError, AttributeError):
         return kind
     for name, value in vars(kind).items():
-        if name not in fields and name not in ("__dict__", "__weakref__"):
+        if name not in fields and name != "__weakref__":
             setattr(new, name, value)
     return new

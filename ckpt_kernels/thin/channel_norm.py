@@ -26,16 +26,12 @@ class _Layout(NamedTuple):
     format: torch.memory_format
     forward: tuple
     backward: tuple
-    # For channels last: the strides of the input, and the shape and strides of the kernels' matrix. A matrix is itself.
-    strides: tuple[int, ...] | None
+    # For channels last: the shape and strides of the kernels' matrix. A matrix is itself.
     matrix: tuple[tuple[int, int], tuple[int, int]] | None
 
     def rows(self, tensor: Tensor | None) -> Tensor | None:
-        """The tensor, which has this layout, as the kernels take it. If only strides of dimensions with one element
-        differ, the memory is the same, and the tensor stays as it is."""
-        if tensor is None or self.matrix is None or tensor.stride() != self.strides:
-            return tensor
-        return tensor.as_strided(*self.matrix)
+        """The tensor, which has this layout, as the kernels take it."""
+        return tensor if tensor is None or self.matrix is None else tensor.as_strided(*self.matrix)
 
 
 class ChannelNorm(Plan):
@@ -63,7 +59,7 @@ class ChannelNorm(Plan):
         is_matrix = maps.planes or len(shape) == 2
         matrix = None if is_matrix else ((maps.samples * maps.size, maps.channels), (maps.channels, 1))
         kernels = (*sizes, eps, code), (*sizes, count, eps, False, code)
-        return _Layout(format, *kernels, None if is_matrix else last_strides(shape), matrix)
+        return _Layout(format, *kernels, matrix)
 
     def _layout_of(self, input: Tensor, other: Tensor | None) -> _Layout | None:
         """The layout of an input, as in `ops.channel_layout.maps_of`; None for strides that a plan does not support.

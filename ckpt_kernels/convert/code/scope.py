@@ -57,7 +57,7 @@ class Scope:
     def _of_super(self, call: ast.Call, name: str) -> Any:
         """The class attribute that `super().name` or `super(Class, self).name` finds, read from the classes' dicts so
         that no code runs; UNKNOWN if the call is no such `super`."""
-        if self.value(call.func) is not super or call.keywords or not self.self_name:
+        if self.value(call.func) is not super or not self.self_name:
             return UNKNOWN
         if call.args and [ast.unparse(argument) for argument in call.args[1:]] != [self.self_name]:
             return UNKNOWN

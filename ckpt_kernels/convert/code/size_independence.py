@@ -108,8 +108,6 @@ class _SizeUses:
         while isinstance(parent, ast.Subscript | ast.UnaryOp | ast.BinOp | ast.Starred) or (
             isinstance(parent, ast.Call) and parent.func is node
         ):
-            if isinstance(parent, ast.Subscript) and parent.value is not node:
-                return False
             if isinstance(parent, ast.BinOp) and not _is_half(parent):
                 return False
             node, parent = parent, self._parents.get(parent)
@@ -167,7 +165,7 @@ class _SizeUses:
             return isinstance(tree.value, ast.Attribute) and tree.value.attr == "shape" and _number(tree.slice) == -1
         if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Attribute):
             return False
-        return tree.func.attr == "size" and not tree.keywords and [_number(a) for a in tree.args] == [-1]
+        return tree.func.attr == "size" and [_number(a) for a in tree.args] == [-1]
 
 
 def _is_half(tree: ast.BinOp) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 from ..code.code_objects import has_type
 from ..rules.norm_trials import TORCH_NORMS
 from ..rules.norms import Norm
-from ..torch_patches import are_patched
 
 CLASSES = tuple(TORCH_NORMS)
 # By their forwards, as they were when this package was imported: a user may patch them later.
@@ -30,7 +29,7 @@ def exchanging_super(forward: Callable[..., Any]) -> Callable[[Any], Any]:
     fused = rule.methods(kind)["forward"]
 
     def exchange(called: Any) -> Any:
-        is_known = type(called) is types.MethodType and called.__func__ is forward and not are_patched()
+        is_known = type(called) is types.MethodType and called.__func__ is forward
         return functools.partial(fused, called.__self__) if is_known else called
 
     return exchange
