@@ -228,5 +228,5 @@ def test_a_layer_that_writes_over_what_it_saved_is_an_error(op: Any) -> None:
         model = nn.Sequential(Layer())
         ckpt_kernels.convert(model, recompute={"0": level})
         loss = model(torch.randn(3, WIDTH)).sum()
-        with pytest.raises(RuntimeError, match="modified by an in-?place operation"):
+        with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
             loss.backward()
