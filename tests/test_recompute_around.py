@@ -255,6 +255,34 @@ def test_compile_recomputes_blocks_by_selective_contexts(p: dict) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(model(x).square().sum(), sources))
 
 
+class WithoutCallbacks:
+    """The engine of autograd as compiled autograd shows it."""
+
+    run_backward = torch.autograd.Variable._execution_engine.run_backward
+
+    def queue_callback(self, callback: Callable) -> None:
+        raise AssertionError("no callbacks within a compiled backward pass")
+
+
+def test_a_backward_pass_that_a_compiler_traces_queues_no_callback(p: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled autograd refuses callbacks at the end of the pass. So nothing is shared by readers, and the gradients
+    are the same."""
+    x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
+
+    def loss() -> Tensor:
+        with recompute.discard_outputs():
+            return READERS["q, k and v"](F.rms_norm(x, WIDTH, p["norm"], activation="silu"), p).square().sum()
+
+    sources = [x, *p.values()]
+    expected = torch.autograd.grad(loss(), sources, allow_unused=True)
+    traced = loss()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        patch.setattr(torch.autograd.Variable, "_execution_engine", WithoutCallbacks())
+        found = torch.autograd.grad(traced, sources, allow_unused=True)
+    assert_same_bits(found, expected)
+
+
 @pytest.mark.parametrize("entered", ["once", "every step"])
 def test_a_thousand_steps_hold_memory_flat(entered: str, p: dict) -> None:
     """No step leaves tensors or recipes behind, without a garbage collection."""

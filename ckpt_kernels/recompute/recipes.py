@@ -222,7 +222,10 @@ def _stream(value: Tensor) -> Any:
 
 
 def _released_after_backward(reference: "weakref.ref[Recipe]") -> bool:
-    """Releases the recipe's tensor when the running backward pass ends. Returns False if none is running."""
+    """Releases the recipe's tensor when the running backward pass ends. Returns False if none is running, or if a
+    compiler traces it (compiled autograd)."""
+    if torch.compiler.is_compiling():
+        return False
 
     def release() -> None:
         recipe = reference()
