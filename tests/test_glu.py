@@ -131,6 +131,28 @@ def test_the_module_applies_limits_along_every_dimension(layout: str, dim: int) 
     assert repr(module).endswith(", limit=0.5, offset=1.0)")
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_gradients_at_the_limits_are_those_of_either_clamp(
+    stops: bool, served: tuple[str, torch.dtype], without_plans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's clamp has the gradient 1 at the limit itself; 0 from torch 2.14 on."""
+    backend, dtype = served
+    monkeypatch.setattr(glu, "CLAMP_STOPS_AT_LIMIT", stops)
+    gate = torch.tensor([-7.0, 1.0, 7.0, 9.0], dtype=dtype, device=DEVICE).requires_grad_()
+    value = torch.tensor([7.0, -7.0, 1.0, -9.0], dtype=dtype, device=DEVICE).requires_grad_()
+    through = {"gate": [1, 1, 1 - stops, 0], "value": [1 - stops, 1 - stops, 1, 0]}
+    slope = torch.func.grad(lambda u: torch.nn.functional.silu(u).sum())(gate.detach().double().clamp(max=7))
+    expected = torch.stack((value.detach().clamp(-7, 7) * slope, torch.nn.functional.silu(gate.clamp(max=7))))
+    expected = expected.detach().double() * torch.tensor(list(through.values()), device=DEVICE)
+    with serving(backend):
+        for _ in range(2):  # the second call is made by a plan
+            found = torch.autograd.grad(F.glu(gate, value, limit=7.0).sum(), (gate, value))
+            packed = torch.cat((gate, value)).detach().requires_grad_()
+            (of_packed,) = torch.autograd.grad(F.packed_glu(packed, limit=7.0).sum(), packed)
+            for pair in (torch.stack(found), of_packed.view(2, 4)):
+                torch.testing.assert_close(pair.double(), expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
 def test_limits_propagate_nan(backend: str) -> None:
     nan, one = torch.tensor([float("nan"), 1.0], device=DEVICE).repeat(8, 1).unbind(1)
     for gate, value in ((nan, one), (one, nan)):

@@ -213,7 +213,8 @@ def test_plans_know_the_seconds_that_a_checkpoint_adds_once(monkeypatch: pytest.
     plan = ckpt_kernels.plan(chain, x, budget=peak(by_the_rule(chain), x), progress=lines.append)
     begins = {stage.checkpointed.begin for stage in plan.stages if stage.checkpointed is not None}
     assert len(begins) == 1
-    assert begins.pop() == pytest.approx(begun, rel=0.5)
+    # Other work on the machine adds to the measured time.
+    assert 0.5 * begun < begins.pop() < 3 * begun
     assert sum(line.startswith("times") for line in lines) == Pattern([0] * 32, 7).steps == 2
 
 

@@ -28,7 +28,7 @@ def glu(
         value: v, of the gate's shape and dtype.
         activation: act; "silu" for SwiGLU, "gelu" for GEGLU, "relu" for ReGLU, "sigmoid" for GLU.
         limit: l, above 0, the limit of gate and value; None for no limit. As in `torch.clamp`, the gradient beyond the
-            limit is 0.
+            limit is 0; from torch 2.14 on, at the limit itself too.
         offset: o, added to the value. GPT-OSS uses "quick_gelu", a limit of 7 and an offset of 1.
 
     Gate and value may be views, such as the halves of one product. They are not copied if their innermost dimension is

@@ -2,11 +2,13 @@
 and value and an offset of the value."""
 
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from .. import backends
 from ..arguments import one_of
@@ -47,17 +49,40 @@ def gradient(
     grads = [reuse_or_allocate(grad_output, gate) if wanted[0] else None, contiguous(value) if wanted[1] else None]
     if grad_output.numel():
         matrices = as_matrices(grad_output, grad_output, gate, value, *grads, output)
-        backends.select(grad_output).glu_backward(*matrices, *options.of_two)
+        backends.select(grad_output).glu_backward(*matrices, *options.of_two.of_gradients(gate.dtype))
     return grads, None if output is None else with_elementwise_strides(gate, output)
 
 
 # glu: two tensors
 
 
+# From torch 2.14 on, the gradient of `torch.clamp` is 0 at the limit itself, where it was 1 before.
+CLAMP_STOPS_AT_LIMIT = TorchVersion(torch.__version__) >= (2, 14)
+
+
 class Options(NamedTuple):
     activation: str
     limit: float = math.inf
     offset: float = 0.0
+
+    def of_gradients(self, dtype: torch.dtype) -> "Options":
+        """The options with which a kernel computes the gradients of operands of this dtype.
+
+        Kernels let the gradient through at the limit itself. Where torch's clamp does not, their limit is the number
+        before, which changes other gradients by an ulp.
+        """
+        if self.limit == math.inf or not CLAMP_STOPS_AT_LIMIT:
+            return self
+        return self._replace(limit=_number_before(self.limit, dtype))
+
+
+def _number_before(limit: float, dtype: torch.dtype) -> float:
+    """The number before a positive limit in the dtype that kernels compute in."""
+    if dtype is torch.float64:
+        return math.nextafter(limit, 0.0)
+    # Numbers of float32 above 0 have the order of their bits.
+    (bits,) = struct.unpack("i", struct.pack("f", limit))
+    return struct.unpack("f", struct.pack("i", bits - 1))[0]
 
 
 class _Glu(Block):
@@ -91,7 +116,8 @@ class _Glu(Block):
         results = self.empty_gradients(grads, kept, options, wanted)
         like = next((t for t in results if t is not None), None)
         if like is not None and like.numel():
-            backends.select(like).glu_backward(*as_matrices(like, *grads, *kept, *results), None, *options)
+            matrices = as_matrices(like, *grads, *kept, *results)
+            backends.select(like).glu_backward(*matrices, None, *options.of_gradients(like.dtype))
         return results
 
     def composition(self, gate: Tensor, value: Tensor, options: Options) -> tuple[Tensor]:
@@ -210,5 +236,5 @@ def _packed_gradient(grad_output: Tensor, packed: Tensor, output: Tensor | None,
     if packed.numel():
         cut = _cut(packed, options.layout)
         operands = (cut.matrix(grad_output), *cut.matrices(packed), *cut.matrices(grad_packed), cut.matrix(output))
-        backends.select(packed).glu_backward(*operands, *options.of_two)
+        backends.select(packed).glu_backward(*operands, *options.of_two.of_gradients(packed.dtype))
     return grad_packed

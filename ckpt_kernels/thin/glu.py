@@ -22,9 +22,10 @@ class Glu(Plan):
 
     op = ops.glu.glu
 
-    def __init__(self, options: ops.glu.Options) -> None:
+    def __init__(self, options: ops.glu.Options, dtype: torch.dtype) -> None:
         activation, *limits = self.options = options
         self._native = (CODES[activation], *limits)
+        self._of_gradients = (CODES[activation], *options.of_gradients(dtype)[1:])
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, value: Tensor, plan: "Glu") -> Tensor:
@@ -46,11 +47,11 @@ class Glu(Plan):
         gate, value = saved
         grad_gate = _empty_like(gate) if wanted[0] else None
         grad_value = _empty_like(value) if wanted[1] else None
-        if not _backward(grad_output, gate, value, grad_gate, grad_value, None, *self._native):
+        if not _backward(grad_output, gate, value, grad_gate, grad_value, None, *self._of_gradients):
             # The full path gives contiguous gradients if the strides of grad_output decrease.
             is_usual = grad_output is not None and is_in_order(grad_output) and is_in_order(gate)
             rows = _as_rows(grad_output, gate, value, grad_gate, grad_value) if is_usual else None
-            if rows is None or not _backward(*rows, None, *self._native):
+            if rows is None or not _backward(*rows, None, *self._of_gradients):
                 return None
         return grad_gate, grad_value, None
 
@@ -72,7 +73,9 @@ class PackedGlu(Plan):
     def __init__(self, packed: Tensor, options: ops.glu.PackedOptions) -> None:
         activation, layout, *limits = self.options = options
         self._shape = (*packed.shape[:-1], packed.shape[-1] // 2)
-        self._native = (CODES[activation], ops.glu.LAYOUTS.index(layout), *limits)
+        codes = CODES[activation], ops.glu.LAYOUTS.index(layout)
+        self._native = (*codes, *limits)
+        self._of_gradients = (*codes, *options.of_two.of_gradients(packed.dtype)[1:])
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, plan: "PackedGlu") -> Tensor:
@@ -90,13 +93,13 @@ class PackedGlu(Plan):
     def backward(self, ctx: Any, saved: Sequence[Tensor | None], grad_output: Tensor) -> tuple | None:
         (packed,) = saved
         grad_packed = _empty_like(packed)
-        if not _packed_backward(grad_output, packed, grad_packed, *self._native):
+        if not _packed_backward(grad_output, packed, grad_packed, *self._of_gradients):
             return None
         return grad_packed, None
 
 
 def glu(gate: Tensor, value: Tensor, options: ops.glu.Options) -> Glu | None:
-    return Glu(options) if gate.numel() and gate.dtype == value.dtype else None
+    return Glu(options, gate.dtype) if gate.numel() and gate.dtype == value.dtype else None
 
 
 def packed_glu(packed: Tensor, options: ops.glu.PackedOptions) -> PackedGlu | None:

@@ -95,7 +95,7 @@ def glu_backward_kernel(
     factor = activate(u, ACTIVATION)
     dv = g * factor
     if LIMIT is not None:
-        # At the limit itself torch's clamp lets a gradient through.
+        # At the limit itself the gradient goes through (see `ops.glu.Options.of_gradients`).
         du = tl.where(given_u > LIMIT, 0.0, du)
         dv = tl.where(tl.abs(given_v) > LIMIT, 0.0, dv)
     if y.data is not None:
