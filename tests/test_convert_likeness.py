@@ -213,3 +213,21 @@ def test_modules_that_were_tried_are_explained_by_their_name(kind: type[nn.Modul
     assert not report.replaced
     assert [entry.name for entry in report.left_alone] == [name, f"block.{name}"]
     assert all(words in entry.reason and entry.kind == kind.__name__ for entry in report.left_alone)
+
+
+class Together(nn.Module):
+    """Holds the parts of an MLP, and computes with them."""
+
+    def __init__(self, parts: nn.ModuleDict | None) -> None:
+        super().__init__()
+        self.parts, self.first, self.act, self.last = parts, nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, act, last = ((self.parts or self._modules)[name] for name in ("first", "act", "last"))
+        return last(act(first(x)))
+
+
+def test_a_dict_of_modules_has_no_code_to_report() -> None:
+    parts = nn.ModuleDict({"first": nn.Linear(4, 4), "act": nn.GELU(), "last": nn.Linear(4, 4)})
+    (left,) = ckpt_kernels.convert(Together(parts)).left_alone
+    assert left.kind == "Together" and "one by one" in left.reason

@@ -94,7 +94,7 @@ class ModelConversion(LeafConverter):
         self.unread[module] = reason
         if rule is not None:
             self.apply(name, module, rule, self._tiling(name))
-        elif looks_like_mlp(module, self.selection.covers):
+        elif has_forward(module) and looks_like_mlp(module, self.selection.covers):
             self.leave(name, module, reason or _ONE_BY_ONE)
 
     def _explain(self, name: str, module: nn.Module) -> None:

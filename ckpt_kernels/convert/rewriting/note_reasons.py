@@ -116,7 +116,7 @@ def reasons_to_note(function: types.FunctionType, roles: Roles, recompute: str, 
     if multiplies and _squares(function):
         yield "recipes of scaled squares"
     if multiplies and "norm" in kinds:
-        yield "recipes of scaled norms"
+        yield "recipes of products beside norms"
     if recompute == "all" and "act" in kinds and _CASTS & names_in(function.__code__):
         yield "recipes of activations of casts"
     # Where linear layers run again, sums that a norm reads and concatenated heads can be recomputed too.
