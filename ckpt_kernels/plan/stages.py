@@ -104,8 +104,8 @@ class Stages:
         measured = {level: self._cost(level, index) for level in offered}
         on_host = {c: self._offloaded_cost(c, index) for c in self._memory if is_offloaded(c)}
         on_host = {choice: (cost, left) for choice, (cost, left) in on_host.items() if cost.offloaded}
-        # Where outputs are discarded, the backward pass of a layer may recompute inputs of layers before, and leave them
-        # to these. Their bytes are counted already, in what the layers before keep.
+        # Where outputs are discarded, the backward pass of a layer may recompute inputs of layers before, and leave
+        # them to these. Their bytes are counted already, in what the layers before keep.
         plain = {level: measured[level] for level in (NONE, "block") if level in measured}
         left = max(left for _, left in (plain or measured or on_host).values())
         costs = {level: cost for level, (cost, _) in measured.items()}
