@@ -256,25 +256,27 @@ def test_two_inputs_of_one_node(is_written: bool) -> None:
     torch.testing.assert_close(weight(layer(forward)), weight(forward))
 
 
+class WithTail(nn.Module):
+    """A layer, and two products with ops of torch between."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers, self.between = nn.ModuleList([PreNorms()]), between
+        self.up, self.down = nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(8 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for each in self.layers:
+            x = each(x)
+        return self.down(self.between(self.up(x)))
+
+
 def test_products_outside_of_layers_run_again() -> None:
     """At "layer" as at "all": of the products, only those that nothing after can recompute are kept."""
-
-    class WithTail(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([PreNorms()])
-            self.up, self.down = nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(8 * WIDTH, WIDTH)
-
-        def forward(self, x: Tensor) -> Tensor:
-            for each in self.layers:
-                x = each(x)
-            h = self.up(x)
-            return self.down(h * h.sigmoid() * h.tanh())
 
     kept = {}
     for level in ("output", "all", "layer"):
         torch.manual_seed(0)
-        model = WithTail().to(DEVICE)
+        model = WithTail(lambda h: h * h.sigmoid() * h.tanh()).to(DEVICE)
         ckpt_kernels.convert(model, recompute=level)
         kept[level] = saved_bytes(model, torch.randn(2, 8, WIDTH, device=DEVICE).requires_grad_())
     assert kept["layer"] <= kept["all"] < kept["output"]
@@ -283,15 +285,6 @@ def test_products_outside_of_layers_run_again() -> None:
 def test_other_products_outside_of_layers_are_kept() -> None:
     """A product that no block reads runs again in layers alone."""
 
-    class WithTail(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([PreNorms()])
-            self.up, self.down = nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(8 * WIDTH, WIDTH)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down(self.up(self.layers[0](x)).sin())
-
-    model, x = WithTail().to(DEVICE), torch.randn(2, 8, WIDTH, device=DEVICE).requires_grad_()
+    model, x = WithTail(torch.sin).to(DEVICE), torch.randn(2, 8, WIDTH, device=DEVICE).requires_grad_()
     ckpt_kernels.convert(model, recompute="layer")
     assert saved_bytes(model, x) > 8 * x.nbytes
