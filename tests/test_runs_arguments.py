@@ -1,6 +1,7 @@
 """Layers at "checkpoint": arguments, buffers and attributes are those of the first pass; and layers that must not run
 again."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -175,17 +176,32 @@ def test_a_write_to_a_large_buffer_between_the_passes_is_an_error() -> None:
         loss.backward()
 
 
-def test_a_large_attribute_that_a_layer_writes_to_is_no_error() -> None:
-    class Remembering(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            self.bank[0] = x.detach().sum()
-            return super().forward(x).exp()
+class Weights(Tensor):
+    """A subclass of Tensor, which is not copied."""
 
-    layer = Remembering(WIDTH, WIDTH)
-    layer.bank = torch.zeros(2**16 + 1)
+
+ATTRIBUTES_WITHOUT_COPY = {
+    "large": lambda: torch.ones(2**16 + 1),
+    "subclass": lambda: torch.ones(WIDTH).as_subclass(Weights),
+    "expanded": lambda: torch.ones(1).expand(WIDTH),
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES_WITHOUT_COPY)
+@pytest.mark.parametrize("writes", (False, True))
+def test_an_attribute_that_is_not_copied_must_not_be_written_to(name: str, writes: bool) -> None:
+    class Scaling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if writes:
+                self.bank.as_subclass(Tensor)[:1].mul_(3.0)
+            return super().forward(x) * self.bank.as_subclass(Tensor)[:WIDTH].clone()
+
+    layer = Scaling(WIDTH, WIDTH)
+    layer.bank = ATTRIBUTES_WITHOUT_COPY[name]()
     ckpt_kernels.convert(net := nn.Sequential(layer), recompute={"0": "checkpoint"})
-    net(torch.ones(2, WIDTH)).sum().backward()
-    assert layer.weight.grad is not None
+    loss = net(torch.ones(2, WIDTH)).sum()
+    with pytest.raises(RuntimeError, match="a buffer of a checkpointed layer") if writes else contextlib.nullcontext():
+        loss.backward()
 
 
 def test_calls_share_the_copies_of_a_buffer_that_nobody_writes_to() -> None:

@@ -210,6 +210,60 @@ def test_a_saved_buffer_has_the_value_of_its_call(write: str, steps: int) -> Non
         torch.testing.assert_close(found, expected)
 
 
+class _Writing(torch.autograd.Function):
+    """A product with a buffer, saved twice, which the backward pass writes to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale, scale[1:])
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        scale, tail = ctx.saved_tensors
+        grad_input = grad_outputs[0] * scale
+        scale.mul_(0.5)
+        return grad_input + tail.sum(), None
+
+
+class LearnsInBackward(nn.Module):
+    """A layer with a buffer that both passes write to, as an estimate of gradients does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("scale", torch.full((WIDTH,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.add_(1.0)
+        return _Writing.apply(self.linear(x), self.scale)
+
+
+class SavesThenWritesData(LearnsInBackward):
+    """Writes without a new version, so that autograd reads the later value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x) * self.scale + self.linear(x) * self.scale.data
+        self.scale.data.mul_(3.0)
+        return y
+
+
+@pytest.mark.parametrize("kind", [LearnsInBackward, SavesThenWritesData])
+def test_the_backward_pass_reads_and_writes_a_saved_buffer_as_autograd_does(kind: type[LearnsInBackward]) -> None:
+    def result(level: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = kind()
+        ckpt_kernels.convert(model := nn.Sequential(layer), recompute={"0": level})
+        found = []
+        for x in torch.randn(2, 3, WIDTH):
+            found += torch.autograd.grad(model(x).square().sum(), list(layer.parameters()))
+            found.append(layer.scale.clone())
+        return [*found, torch.tensor(layer.scale._version)]
+
+    for found, expected in zip(result("checkpoint"), result("none"), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("op", [torch.relu, torch.sigmoid, torch.exp, torch.square], ids=lambda op: op.__name__)
 def test_a_layer_that_writes_over_what_it_saved_is_an_error(op: Any) -> None:
     class Layer(nn.Module):

@@ -3,8 +3,9 @@
 import contextlib
 import operator
 import sys
+import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -51,9 +52,9 @@ class Saved:
         self.value: Tensor | None = None
         self._version: int | None = None
 
-    def fill(self, value: Tensor) -> None:
-        """Sets the value that the repeated run has saved, a detached alias."""
-        self.value, self._version = value, version_of(value)
+    def fill(self, value: Tensor, version: int | None) -> None:
+        """Sets the value that the repeated run has saved, and the version of the value at the end of that run."""
+        self.value, self._version = value, version
 
     def get(self) -> Tensor:
         """The value, which the rest of the repeated run must not have written to, as autograd demands of any run."""
@@ -79,8 +80,8 @@ class Call:
 
     random: RandomState
     reads_own_graph = False
-    # The storages of the buffers that have earlier values while the call is repeated.
-    restored_storages: frozenset[int] = frozenset()
+    # The buffers that have earlier values while the call is repeated, by the address of their storages.
+    restored: Mapping[int, BufferSnapshot] = types.MappingProxyType({})
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place], held: Held) -> None:
         self.function = function
@@ -118,9 +119,9 @@ class Call:
             if self.states is not None:
                 stack.enter_context(self.states.restored(list(tensors_among((args, kwargs)))))
             restored = [buffer for buffer in self.buffers if buffer.is_needed()]
-            self.restored_storages = frozenset(buffer.tensor.untyped_storage()._cdata for buffer in restored)
             for buffer in restored:
                 stack.enter_context(buffer.restored())
+            self.restored = {buffer.tensor.untyped_storage()._cdata: buffer for buffer in restored}
             if backends.chosen() != self.backend:
                 stack.enter_context(backends.serving(self.backend))
             if autocast_state() != self.autocast:

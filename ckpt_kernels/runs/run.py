@@ -198,16 +198,17 @@ class Run:
             saved = waiting[count]()
             count += 1
             value = tensor.detach()
-            # The buffer has a later value again when the saved tensor is read.
-            if call.restored_storages and is_plain(value) and value.untyped_storage()._cdata in call.restored_storages:
-                value = value.clone()
+            version = version_of(value)
+            if call.restored and is_plain(value):
+                buffer = call.restored.get(value.untyped_storage()._cdata)
+                value, version = (value, version) if buffer is None else buffer.saved(value)
             if saved is not None:
                 if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
                     raise RuntimeError(
                         f"a checkpointed layer saves {tensor.dtype} {tuple(tensor.shape)}; expected {saved.dtype} "
                         f"{tuple(saved.shape)}, as at first: does it decide at random?"
                     )
-                saved.fill(value)
+                saved.fill(value, version)
                 if saved.checksum is not None and saved.checksum != checksum_of(tensor):
                     note_difference(call.module)
             if is_last and count == len(waiting):
