@@ -280,3 +280,21 @@ def test_code_without_a_source_may_tell_subclasses() -> None:
     made: dict[str, Any] = {}
     exec("def weigh(self, layer):\n    return type(layer).__name__", made)
     assert inspects_classes_inside(type("Changed", (Layers,), {"weigh": made["weigh"]}))
+
+
+BACKENDS: dict[type, str] = {}
+
+
+def backend_of(value: Any) -> str:
+    return BACKENDS.setdefault(type(value), "torch")
+
+
+class ByBackend(Layers):
+    def weigh(self, layer: nn.Module) -> float:
+        return len(backend_of(self.last)) / 5.0
+
+
+@pytest.mark.parametrize("library", ["einops", "einops.parsing", "einx", "einopsis", ""])
+def test_libraries_of_tensors_may_choose_by_the_class(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_of, "__module__", library)
+    assert inspects_classes_inside(ByBackend) is (library in ("einopsis", ""))

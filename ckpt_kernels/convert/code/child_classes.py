@@ -14,6 +14,9 @@ from .memoization import memoized
 from .source import tree_of
 from .syntax_trees import is_name, stored_names
 
+# Libraries that choose an implementation by the class of a tensor, and whose functions take no modules.
+_OF_TENSORS = frozenset({"einops", "einx"})
+
 
 @memoized
 def inspects_classes_inside(kind: type[nn.Module]) -> bool:
@@ -21,11 +24,15 @@ def inspects_classes_inside(kind: type[nn.Module]) -> bool:
     a module inside, in a way that tells a subclass from the class (see `class_uses`).
 
     That is any object but the module itself and the arguments of the forward. Functions of the standard library, which
-    are reached by names alone, do not count.
+    are reached by names alone, do not count, nor do libraries of functions that take tensors alone.
     """
     methods = methods_of(kind)
-    reached = (function for function in reachable_functions(kind) if not is_standard(function))
+    reached = (f for f in reachable_functions(kind) if not (is_standard(f) or _library_of(f) in _OF_TENSORS))
     return any(_inspects(function, methods.get(function)) for function in reached)
+
+
+def _library_of(function: types.FunctionType) -> str:
+    return (function.__module__ or "").partition(".")[0]
 
 
 def _inspects(function: types.FunctionType, method: str | None) -> bool:
