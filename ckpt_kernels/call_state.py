@@ -48,6 +48,7 @@ class BufferSnapshot:
     Attributes:
         tensor: the buffer.
         is_written: whether the call has written to the buffer; True until `end_call`.
+        is_copied: whether there is a copy, for plain tensors of at most 65,536 elements and the statistics of norms.
     """
 
     _MOST = 65536
@@ -57,8 +58,8 @@ class BufferSnapshot:
         self.is_written = True
         self._is_moved = module.training and module._buffers.get("running_mean") is not None
         self._version = None if tensor.is_inference() else tensor._version
-        is_compared = (self._is_moved or tensor.numel() <= self._MOST) and _has_own_elements(tensor)
-        self._copy = _copy_of(tensor, self._version, not self._is_moved) if is_compared else None
+        self.is_copied = (self._is_moved or tensor.numel() <= self._MOST) and _has_own_elements(tensor)
+        self._copy = _copy_of(tensor, self._version, not self._is_moved) if self.is_copied else None
         self._version_now: int | None = None
 
     def end_call(self) -> None:
@@ -93,8 +94,8 @@ class BufferSnapshot:
         if self._copy is None:
             raise RuntimeError(
                 f"a buffer of a checkpointed layer, {_described(self.tensor)}, was modified by an in-place operation "
-                f"of the layer or since; expected a plain tensor of at most {self._MOST:,} elements, each with memory "
-                "of its own, of which a copy is kept, or a layer that is not checkpointed"
+                f"since; expected a plain tensor of at most {self._MOST:,} elements, each with memory of its own, of "
+                "which a copy is kept, or a layer that is not checkpointed"
             )
         current = self.tensor.detach().clone()
         self.tensor.data.copy_(self._copy.value)

@@ -99,6 +99,12 @@ class Call:
         self.memory = _memory_of(self.parameters)
         self.states = None if is_distributed else held.states
 
+    def forget_saved(self) -> None:
+        """Drops the values that the first pass has saved."""
+        for reference in self.saved:
+            if (saved := reference()) is not None:
+                saved.value = None
+
     def repeat(self, args: tuple, kwargs: dict[str, Any], alone: bool) -> list[Tensor]:
         """Repeats the call with the random numbers, autocast, backend, buffers and modules' states of the first pass.
         Returns the result's tensors. The run restores the generators afterwards."""

@@ -45,7 +45,7 @@ class Run:
 
     def continues_with(self, place: Place, tensors: Sequence[Tensor]) -> bool:
         """Whether a call with these tensors is the next of the run: one that takes an output of the last call."""
-        if place.key != self._key or place.number != self._calls[-1].places[0].number + 1:
+        if not self._calls or place.key != self._key or place.number != self._calls[-1].places[0].number + 1:
             return False
         links = [self._link(tensor) for tensor in tensors if tensor.requires_grad]
         return any(link is not None and link.call == len(self._calls) - 1 for link in links)
@@ -68,9 +68,14 @@ class Run:
         if call.states is not None:
             call.states.note_arguments(tensors)
 
+        # A layer that writes to a tensor of which there is no copy cannot run again, and has to keep what it saves.
+        may_keep = any(not buffer.is_copied for buffer in call.buffers)
+
         @steps_aside
         def pack(tensor: Tensor) -> Saved:
             saved = Saved(self, tensor)
+            if may_keep:
+                saved.fill(tensor.detach(), version_of(tensor))
             call.saved.append(weakref.ref(saved))
             return saved
 
@@ -87,6 +92,11 @@ class Run:
             buffer.end_call()
         if call.states is not None:
             call.states.forget_unread()
+        if may_keep and any(buffer.is_written and not buffer.is_copied for buffer in call.buffers):
+            self._calls.pop()
+            return output
+        if may_keep:
+            call.forget_saved()
         for number, tensor in enumerate(tensors_among(output)):
             link = Link(len(self._calls) - 1, number)
             self._links[id(tensor)] = weakref.ref(tensor), version_of(tensor), link
