@@ -166,6 +166,50 @@ def test_a_generator_of_a_later_layer_is_restored() -> None:
     assert all(map(torch.equal, run(flat(ONE)), run(ONE)))
 
 
+class Conditioned(nn.Module):
+    """A layer whose arguments or weights other layers read too, so that they share autocast's copies."""
+
+    def __init__(self, shared: nn.Linear) -> None:
+        super().__init__()
+        self.norm, self.own, self.gate = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.shared, self.condition_norm = shared, nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = x + self.shared(self.condition_norm(condition))
+        return x + torch.sigmoid(self.gate(condition)) * self.own(self.norm(x))
+
+
+class OfConditioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(Conditioned(shared) for _ in range(3))
+        self.learned = nn.Parameter(torch.randn(2, 4, WIDTH))
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, self.learned if condition is None else condition)
+        return x
+
+
+@pytest.mark.parametrize("is_cast_in_backward", [False, True])
+@pytest.mark.parametrize("given", ["parameter", "leaf", "computed"])
+def test_layers_under_autocast_that_read_the_same_leaf(given: str, is_cast_in_backward: bool) -> None:
+    def run(level: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, x = OfConditioned(), torch.randn(2, 4, WIDTH)
+        leaf = torch.randn(2, 4, WIDTH, requires_grad=True)
+        condition = {"parameter": None, "leaf": leaf, "computed": leaf * 2}[given]
+        ckpt_kernels.convert(model, recompute={"layers": level})
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, condition).float().square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast_in_backward):
+            return list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+
+    for found, expected in zip(run("checkpoint"), run("none"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)
+
+
 def test_the_dtype_of_autocast_is_restored() -> None:
     def run(tree: Tree) -> list[Tensor]:
         net, x = made(tree), inputs()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..autocast import forget_casts
 from ..bitwise_check import checksum_of
 from ..call_state import BufferSnapshot, autocast_state
 from ..nested_values import tensors_among
@@ -133,6 +134,7 @@ class Call:
             if autocast_state() != self.autocast:
                 for device, options in self.autocast:
                     stack.enter_context(torch.autocast(device, **options))
+            forget_casts()
             return list(tensors_among(function(*args, **kwargs)))
 
 
