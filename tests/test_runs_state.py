@@ -1,6 +1,7 @@
 """The recomputation of a checkpointed layer finds the layer's modules as the first pass did, and leaves them as they
 are."""
 
+import collections
 import gc
 import operator
 import types
@@ -197,10 +198,10 @@ class Recorded(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.values = nn.Linear(WIDTH, WIDTH), []
+        self.linear, self.seen = nn.Linear(WIDTH, WIDTH), types.SimpleNamespace(values=[])
 
     def forward(self, x: Tensor) -> Tensor:
-        self.values.append(getattr(self, "value", MISSING))
+        self.seen.values.append(getattr(self, "value", MISSING))
         self.last = self.linear(x).sin()
         return self.last
 
@@ -224,7 +225,7 @@ def test_plain_attributes_are_those_of_the_first_pass(first: Any, later: Any) ->
     set_value(model[0], later)
     last = model[0].last
     y.sum().backward()
-    assert model[0].values == [first, first]
+    assert model[0].seen.values == [first, first]
     assert getattr(model[0], "value", MISSING) is later and model[0].last is last
 
 
@@ -325,6 +326,42 @@ def test_the_library_finds_what_python_finds(monkeypatch: pytest.MonkeyPatch) ->
                 assert all(map(operator.is_, one, other))
             else:
                 assert one is other
+
+
+class Recording(nn.Module):
+    """A layer that writes to containers of all kinds, and reads one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.losses: list[Tensor] = []
+        self.maps: dict[str, Any] = {"old": 1, "rows": [0], "nested": {"sizes": collections.deque([1], maxlen=2)}}
+        self.seen, self.counts = {0}, collections.defaultdict(int)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).exp()
+        self.losses.append(y.mean())
+        self.maps.pop("old", None)
+        self.maps["y"] = y.detach()
+        self.maps["rows"].append(len(x))
+        self.maps["nested"]["sizes"].append(len(self.losses))
+        self.seen.add(len(self.losses))
+        self.counts["calls"] += 1
+        return y * len(self.maps["rows"][:2])
+
+
+@pytest.mark.parametrize("level", ("none", "checkpoint"))
+def test_containers_are_written_to_once(level: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Recording(), Recording())
+    ckpt_kernels.convert(net, recompute={"*": level})
+    outputs = [net(torch.randn(3, WIDTH)) for _ in range(2)]
+    maps = [layer.maps["y"] for layer in net]
+    (sum(output.sum() for output in outputs) + sum(layer.losses[0] for layer in net)).backward()
+    for layer, last in zip(net, maps, strict=True):
+        assert len(layer.losses) == 2 and layer.counts == {"calls": 2} and layer.seen == {0, 1, 2}
+        assert list(layer.maps) == ["rows", "nested", "y"] and layer.maps["y"] is last
+        assert layer.maps["rows"] == [0, 3, 3] and list(layer.maps["nested"]["sizes"]) == [1, 2]
 
 
 class Doubled(nn.Module):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..thin import direct
+from .containers import Contents
 from .graph_tensors import graph_tensors_in, reads
 
 Values = dict[str, Any]
@@ -140,6 +141,15 @@ class ModuleStates:
 
         `arguments` are the tensors in the arguments of a repeated call.
         """
+        contents = Contents(self._partial)
+        try:
+            with self._restored_values(arguments):
+                yield
+        finally:
+            contents.restore()
+
+    @contextlib.contextmanager
+    def _restored_values(self, arguments: Sequence[Tensor]) -> Iterator[None]:
         if self.are_current():
             # The present values that this state does not hold.
             others = [each for now in self._partial for each in (now, now.copy())]
