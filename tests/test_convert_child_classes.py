@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 from ckpt_kernels.convert.code.child_classes import classes_told_inside
 from ckpt_kernels.convert.selection import inspected_modules
+from ckpt_kernels.convert.swap import reader_of_class
 
 from .conftest import DEVICE
 from .conversion import WIDTH, close, random_tensor, reason_of, results_of, twins
@@ -363,3 +364,44 @@ class ByBackend(Layers):
 def test_libraries_of_tensors_may_choose_by_the_class(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_of, "__module__", library)
     assert (nn.LayerNorm in classes_told_inside(ByBackend)) is (library in ("einopsis", ""))
+
+
+class Registering(Initialized):
+    """Its class stays: a method hands the class on."""
+
+    def save(self) -> list[type]:
+        return [type(self)]
+
+
+class RegisteredAtOnce(Initialized):
+    """Only the constructor hands the class on, by a private method."""
+
+    def initialize(self, module: nn.Module) -> None:
+        """Initializes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._register()
+
+    def _register(self) -> None:
+        BACKENDS[type(self)] = "registered"
+
+
+class Copied(Initialized):
+    """A function of the standard library gets the module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super(Copied, copy.copy(self)).forward(x)
+
+
+@pytest.mark.parametrize("kind", [RegisteredAtOnce, Copied])
+def test_such_code_does_not_tell_the_class_of_its_module(kind: type[Initialized]) -> None:
+    assert not reader_of_class(kind())
+
+
+@pytest.mark.parametrize("around", [lambda module: module, lambda module: nn.Sequential(module, nn.ReLU())])
+def test_the_report_names_what_reads_the_class(around: Callable[[nn.Module], nn.Module]) -> None:
+    model = around(Registering())
+    report = ckpt_kernels.convert(model)
+    name = "" if isinstance(model, Registering) else "0"
+    assert reason_of(report, name) == "keeps its class, which save reads"

@@ -32,7 +32,7 @@ from .rules.norms import Norm
 from .rules.pointwise import KEPT_BY_OUTPUT, name_of
 from .rules.rule import ContextOnly, Rule
 from .selection import Choice
-from .swap import NotSwapped, may_be_swapped, rule_of, swap, swap_back
+from .swap import NotSwapped, may_be_swapped, reader_of_class, rule_of, swap, swap_back
 
 _ONE_BY_ONE = "its parts compute one by one: its code matches no known pattern"
 _KEEPS_OUTPUT = "keeps only its output, which the next layer keeps too: nothing to gain"
@@ -85,7 +85,12 @@ class ModelConversion(LeafConverter):
     def _convert_composite(self, name: str, module: nn.Module) -> None:
         """Converts a composite module, by patterns in the methods, or in the sequence of modules of a Sequential."""
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
-        if leaf or not self.selection.covers(module) or not may_be_swapped(module):
+        if leaf or not self.selection.covers(module):
+            return
+        if not may_be_swapped(module):
+            if children_of(module) and has_forward(module) and (reader := reader_of_class(module)):
+                self.unread[module] = f"keeps its class, which {reader} reads"
+                self.leave(name, module, self.unread[module])
             return
         rule: Rule | None = sequential_rule(module, level_of_blocks(self.levels.of(module)), self.selection.covers)
         reason = ""
@@ -133,7 +138,7 @@ class ModelConversion(LeafConverter):
             fit = has_forward(module) and may_be_swapped(module) and module not in self.selection.inspected
             if fit and (covered or module in self.levels.named):
                 yield module
-            elif module in self.levels.named:
+            elif module in self.levels.named and module not in self.unread:
                 self.leave(self.names[module], module, "its forward cannot be given a level of its own")
 
     def _contexts(self, module: nn.Module) -> Iterator[ForwardContext]:

@@ -22,7 +22,7 @@ from torch import nn
 
 from .class_members import has_members_as_made, remember_members, undo_subclass_hooks
 from .code.memoization import shared_results
-from .code.own_class import inspects_own_class
+from .code.own_class import reader_of_own_class
 from .forward_contexts import ForwardContext
 from .late_modules import late_conversion_of
 from .native_guards import ACTIVATION, are_same
@@ -135,9 +135,12 @@ def may_be_swapped(module: nn.Module) -> bool:
     kind = original_of(module)
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
-    return is_plain_method(inspect.getattr_static(kind, "forward", None)) and not inspects_own_class(
-        module, original_of
-    )
+    return is_plain_method(inspect.getattr_static(kind, "forward", None)) and not reader_of_class(module)
+
+
+def reader_of_class(module: nn.Module) -> str:
+    """The name of code of the module that tells the module's class from a subclass, or ""."""
+    return reader_of_own_class(module, original_of)
 
 
 def is_plain_method(method: Any) -> bool:

@@ -8,7 +8,7 @@ import ast
 import inspect
 import re
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from .call_graph import (
     items_of,
     methods_of,
     reachable_functions,
+    takes_no_modules,
 )
 from .class_uses import EVERY_CLASS, Classes, aliased, told_classes
 from .code_objects import has_type, names_in
@@ -35,36 +36,46 @@ _OF_STRINGS = vars(re)
 _HARMLESS = frozenset(("lightning.pytorch.core.module", "pytorch_lightning.core.module"))
 
 
-def inspects_own_class(module: nn.Module, original_of: Callable[[nn.Module], type[nn.Module]]) -> bool:
-    """Whether code of the module uses the module's class in a way that tells a subclass from the class.
+def reader_of_own_class(module: nn.Module, original_of: Callable[[nn.Module], type[nn.Module]]) -> str:
+    """The name of code of the module that uses the module's class in a way that tells a subclass from the class, or "".
 
     `original_of` returns the class of a module before the conversion.
     """
     kind = original_of(module)
-    if _code_inspects(kind):
-        return True
+    if reader := _reader_in_code(kind):
+        return reader
     for method in _passing_methods(kind):
         for name in sorted(_holders_of_receivers(method)):
             # What the instance holds, or else the original class: a converted class has other methods.
             held = vars(module).get(name, module._modules.get(name))
             held = inspect.getattr_static(kind, name, None) if held is None else held
             if held is not None and _receiver_inspects(held, kind, names_in(method.__code__), original_of):
-                return True
-    return False
+                return name
+    return ""
 
 
 @memoized
-def _code_inspects(kind: type[nn.Module]) -> bool:
-    """Whether a method of the class, or a function that the forward may call, inspects the class."""
+def _reader_in_code(kind: type[nn.Module]) -> str:
+    """The name of a method of the class, or of a function that the forward may call, that inspects the class; or ""."""
     methods = methods_of(kind)
     reached = reachable_functions(kind)
-    candidates = {f for f, name in methods.items() if name not in MAKERS and f.__module__ not in _HARMLESS}
+    before = {*MAKERS, *_named_by_makers_alone(methods)}
+    candidates = {f for f, name in methods.items() if name not in before and f.__module__ not in _HARMLESS}
     # A plain function sees the module only if a method passes the module on.
     candidates.update(reached if _passing_methods(kind) else methods.keys() & set(reached))
     class_methods = {f for f, name in methods.items() if has_type(inspect.getattr_static(kind, name), classmethod)}
     # A classmethod that the forward does not call is called on the original class.
     candidates -= class_methods.difference(reached)
-    return any(kind in _told_classes(function, function in class_methods, 0) for function in candidates)
+    readers = (f.__name__ for f in candidates if kind in _told_classes(f, f in class_methods, 0))
+    return min(readers, default="")
+
+
+def _named_by_makers_alone(methods: Mapping[types.FunctionType, str]) -> set[str]:
+    """The names of private methods that no code of the class but `__init__` names: they run before a conversion."""
+    by_makers, by_others = set[str](), set[str]()
+    for method, name in methods.items():
+        (by_makers if name in MAKERS else by_others).update(names_in(method.__code__))
+    return {name for name in by_makers - by_others if name.startswith("_") and not name.startswith("__")}
 
 
 @memoized
@@ -174,7 +185,11 @@ def _told_classes(function: types.FunctionType, is_classmethod: bool, first: int
     The arguments from the place `first` on count; the first of a classmethod is the class itself.
     """
     code = function.__code__
-    if function.__globals__ is _OF_STRINGS or not (is_classmethod or {"type", "__class__"} & names_in(code)):
+    if (
+        takes_no_modules(function)
+        or function.__globals__ is _OF_STRINGS
+        or not (is_classmethod or {"type", "__class__"} & names_in(code))
+    ):
         return frozenset()
     tree = tree_of(function)
     if tree is None:
