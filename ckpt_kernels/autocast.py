@@ -12,6 +12,13 @@ def is_autocast(tensor: Tensor) -> bool:
     return torch._C._is_any_autocast_enabled() and not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
+def forget_casts() -> None:
+    """Clear the copies of parameters and other leaves that autocast shares between ops, so that the next op makes its
+    own."""
+    if torch._C._is_any_autocast_enabled():
+        torch.clear_autocast_cache()
+
+
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     """A context in which ops on the tensor's device have the dtype of their operands."""
     return torch.autocast(tensor.device.type, enabled=False) if is_autocast(tensor) else contextlib.nullcontext()

@@ -48,6 +48,7 @@ class BufferSnapshot:
     Attributes:
         tensor: the buffer.
         is_written: whether the call has written to the buffer; True until `end_call`.
+        is_copied: whether there is a copy, for plain tensors of at most 65,536 elements and the statistics of norms.
     """
 
     _MOST = 65536
@@ -57,9 +58,9 @@ class BufferSnapshot:
         self.is_written = True
         self._is_moved = module.training and module._buffers.get("running_mean") is not None
         self._version = None if tensor.is_inference() else tensor._version
-        is_compared = tensor.numel() <= self._MOST and _has_own_elements(tensor)
-        self._copy = _copy_of(tensor, self._version, not self._is_moved) if is_compared else None
-        self._is_registered = not is_compared and any(tensor is buffer for buffer in module._buffers.values())
+        self.is_copied = (self._is_moved or tensor.numel() <= self._MOST) and _has_own_elements(tensor)
+        self._copy = _copy_of(tensor, self._version, not self._is_moved) if self.is_copied else None
+        self._version_now: int | None = None
 
     def end_call(self) -> None:
         """Finds out whether the call has written to the buffer."""
@@ -74,12 +75,9 @@ class BufferSnapshot:
         return self._version is not None and self.tensor._version != self._version
 
     def is_needed(self) -> bool:
-        """Whether a second run would find another value: the call, or someone since, has written to the buffer.
-
-        Of a tensor attribute that cannot be copied this is not known.
-        """
+        """Whether a second run would find another value: the call, or someone since, has written to the buffer."""
         if self._copy is None:
-            return self._is_registered and (self.is_written or self._has_new_version())
+            return self._has_new_version()
         is_comparable = not (self.is_written or self.tensor.is_cuda)
         return self.is_written or self._has_new_version() or (is_comparable and not self._is_same())
 
@@ -93,16 +91,16 @@ class BufferSnapshot:
 
         The values are written through `.data`, and the version counter returns too: a node may have saved the buffer.
         """
-        current = self.tensor.detach().clone()
-        if self._copy is not None:
-            self.tensor.data.copy_(self._copy.value)
-        elif self._has_new_version():
+        if self._copy is None:
             raise RuntimeError(
-                f"a buffer of a checkpointed layer, {self.tensor.dtype} {tuple(self.tensor.shape)}, was modified by an "
-                f"in-place operation of the layer or since; expected at most {self._MOST:,} elements, of which a copy "
-                "is kept, or a layer that is not checkpointed"
+                f"a buffer of a checkpointed layer, {_described(self.tensor)}, was modified by an in-place operation "
+                f"since; expected a plain tensor of at most {self._MOST:,} elements, each with memory of its own, of "
+                "which a copy is kept, or a layer that is not checkpointed"
             )
+        current = self.tensor.detach().clone()
+        self.tensor.data.copy_(self._copy.value)
         is_versioned = self._version is not None
+        self._version_now = self.tensor._version if is_versioned else None
         try:
             with (
                 torch.autograd._unsafe_preserve_version_counter(self.tensor)
@@ -112,6 +110,30 @@ class BufferSnapshot:
                 yield
         finally:
             self.tensor.data.copy_(current)
+
+    def saved(self, value: Tensor) -> tuple[Tensor, int | None]:
+        """A tensor of the buffer's memory that a node saves within `restored`, as the backward pass shall read it, and
+        the version that the tensor then has.
+
+        Autograd reads the value of the backward pass, and a node may write to the buffer there, unless the buffer has
+        had a new version since; this is an error in autograd, and here a copy has the value of the first run. Both runs
+        write as often, so the version in the first run is known.
+        """
+        version = None if value.is_inference() else value._version
+        if version is None or self._version is None or self._version_now is None:
+            return value, version
+        writes = version - self._version_now
+        if writes < 0:  # made by `.data`, with a version of its own
+            return value, version
+        if self._version + writes == self._version_now:
+            return value, self._version_now
+        copy = value.clone()
+        return copy, copy._version
+
+
+def _described(tensor: Tensor) -> str:
+    kind = "" if type(tensor) is Tensor else f"{type(tensor).__name__}, "
+    return f"{kind}{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _has_own_elements(tensor: Tensor) -> bool:

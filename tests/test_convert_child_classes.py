@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_kernels
-from ckpt_kernels.convert.code.child_classes import inspects_classes_inside
+from ckpt_kernels.convert.code.child_classes import classes_told_inside
 from ckpt_kernels.convert.selection import inspected_modules
 
 from .conftest import DEVICE
@@ -55,7 +55,7 @@ class ByChild(Layers):
 
 
 def weight_of(module: nn.Module) -> float:
-    return float(type(module) is nn.GELU)
+    return float(type(module) is nn.LayerNorm)
 
 
 class ByHelper(Layers):
@@ -95,7 +95,7 @@ INSPECTING = (ByIs, ByTable, ByAttribute, ByChild, ByHelper, ByPlace, ByGetattr,
 def test_modules_keep_their_class_where_a_forward_around_reads_it(kind: type[Layers], recompute: Any) -> None:
     model, converted = twins(kind)
     report = ckpt_kernels.convert(converted, recompute=recompute)
-    assert reason_of(report, "layers.2") == "a module around it reads the classes of modules inside"
+    assert reason_of(report, "layers.2") == "a module around it compares the classes of modules inside"
     x = random_tensor(3, WIDTH)
     assert close(results_of(model, x), results_of(converted, x))
 
@@ -268,15 +268,98 @@ METHODS = [(f, kind is Telling) for kind in (Telling, Untelling) for f in vars(k
 @pytest.mark.parametrize("method, tells", METHODS, ids=[f.__qualname__ for f, _ in METHODS])
 def test_which_uses_of_classes_tell_subclasses(method: types.FunctionType, tells: bool) -> None:
     name = "forward" if method.__name__ == "forward" else "weigh"
-    assert inspects_classes_inside(type("Changed", (Layers,), {name: method})) is tells
+    assert (nn.LayerNorm in classes_told_inside(type("Changed", (Layers,), {name: method}))) is tells
 
 
-def test_a_module_that_reads_classes_may_be_converted_itself() -> None:
-    model = nn.Sequential(ByIs(), nn.LayerNorm(WIDTH))
+NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+class Comparing:
+    """Methods that compare the class of a layer with these classes alone."""
+
+    def one(self, layer: Any) -> Any:
+        return type(layer) is nn.LayerNorm
+
+    def several(self, layer: Any) -> Any:
+        kind = layer.__class__
+        return kind in NORMS or kind == torch.nn.Dropout or kind in {nn.GELU, int}
+
+    def none(self, layer: Any) -> Any:
+        return type(layer) in (int, float)
+
+
+TOLD = {
+    Comparing.one: {nn.LayerNorm},
+    Comparing.several: {nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.GELU},
+    Comparing.none: set(),
+}
+
+
+@pytest.mark.parametrize("method", TOLD, ids=lambda method: method.__name__)
+def test_a_comparison_tells_the_classes_that_it_names(method: types.FunctionType) -> None:
+    assert classes_told_inside(type("Changed", (Layers,), {"weigh": method})) == TOLD[method]
+
+
+def test_modules_of_other_classes_are_converted() -> None:
+    def both() -> tuple[nn.Module, nn.Module]:
+        return twins(lambda: nn.Sequential(ByIs(), nn.LayerNorm(WIDTH)))
+
+    model, converted = both()
+    assert inspected_modules(model) == {model[0].layers[2]}
+    report = ckpt_kernels.convert(converted)
+    assert {entry.name for entry in report.replaced} >= {"0.layers.1", "1"}
+    x = random_tensor(3, WIDTH)
+    assert close(results_of(model, x), results_of(converted, x))
+    model = nn.Sequential(ByTable(), nn.LayerNorm(WIDTH))
     assert inspected_modules(model) == {*model[0].modules()} - {model[0]}
+
+
+class Initialized(nn.Module):
+    """A module with a method that compares the classes of other modules, and with one that compares its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH)
+        self.apply(self.initialize)
+
+    def initialize(self, module: nn.Module) -> None:
+        if type(module) in {nn.Linear}:
+            nn.init.ones_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x)))
+
+
+class OwnInitialized(Initialized):
+    def initialize(self, module: nn.Module) -> None:
+        self.is_initialized = type(module) is OwnInitialized
+
+
+@pytest.mark.parametrize("kind, is_converted", [(Initialized, True), (OwnInitialized, False)])
+def test_a_method_that_compares_other_classes_does_not_tell_its_own(kind: type, is_converted: bool) -> None:
+    ckpt_kernels.convert(module := kind())
+    assert (type(module) is not kind) is is_converted
 
 
 def test_code_without_a_source_may_tell_subclasses() -> None:
     made: dict[str, Any] = {}
     exec("def weigh(self, layer):\n    return type(layer).__name__", made)
-    assert inspects_classes_inside(type("Changed", (Layers,), {"weigh": made["weigh"]}))
+    assert nn.LayerNorm in classes_told_inside(type("Changed", (Layers,), {"weigh": made["weigh"]}))
+
+
+BACKENDS: dict[type, str] = {}
+
+
+def backend_of(value: Any) -> str:
+    return BACKENDS.setdefault(type(value), "torch")
+
+
+class ByBackend(Layers):
+    def weigh(self, layer: nn.Module) -> float:
+        return len(backend_of(self.last)) / 5.0
+
+
+@pytest.mark.parametrize("library", ["einops", "einops.parsing", "einx", "einopsis", ""])
+def test_libraries_of_tensors_may_choose_by_the_class(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_of, "__module__", library)
+    assert (nn.LayerNorm in classes_told_inside(ByBackend)) is (library in ("einopsis", ""))

@@ -270,3 +270,65 @@ def test_compiled() -> None:
     x = random_tensor(4, WIDTH, 8, 8)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-5)
+
+
+class DoubledNorm(nn.InstanceNorm2d):
+    """Overrides a step of torch's forward."""
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return 2 * super()._apply_instance_norm(input)
+
+
+class DoubledSuper(DoubledNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type(x.dtype)
+
+
+class Unbatched(nn.InstanceNorm2d):
+    def _handle_no_batch_input(self, input: Tensor) -> Tensor:
+        return super()._handle_no_batch_input(input) + 1
+
+
+class OursSuper(ckpt_kernels.nn.InstanceNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type(x.dtype)
+
+
+STEPS = {
+    "a step": lambda: DoubledNorm(WIDTH),
+    "a step, and super": lambda: DoubledSuper(WIDTH),
+    "the step for one image": lambda: Unbatched(WIDTH),
+    "our norm": lambda: ckpt_kernels.nn.InstanceNorm2d(WIDTH, activation="relu"),
+    "our norm, and super": lambda: OursSuper(WIDTH, activation="relu"),
+}
+
+
+@pytest.mark.parametrize("recompute", ["block", "output", "all", "layer"])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_subclass_that_overrides_a_step_of_the_forward(name: str, recompute: Any) -> None:
+    model, twin = twins(lambda: nn.Sequential(STEPS[name]()))
+    report = ckpt_kernels.convert(model, recompute=recompute)
+    assert replacement_of(report, "0") is None
+    x = random_tensor(WIDTH, 8, 8)
+    assert close(results_of(twin, x), results_of(model, x))
+
+
+@pytest.mark.parametrize("on_class", [False, True])
+def test_a_step_that_is_overridden_later(on_class: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Norm(nn.InstanceNorm2d):
+        pass
+
+    model, twin = twins(lambda: nn.Sequential(Norm(WIDTH), nn.ReLU()))
+    report = ckpt_kernels.convert(model)
+    assert replacement_of(report, "0") is not None
+
+    def doubled(input: Tensor) -> Tensor:
+        return 2 * nn.InstanceNorm2d._apply_instance_norm(twin[0], input)
+
+    for norm in (model[0], twin[0]):
+        if on_class:
+            monkeypatch.setattr(type(norm), "_apply_instance_norm", lambda self, input: doubled(input))
+        else:
+            norm._apply_instance_norm = doubled
+    x = random_tensor(2, WIDTH, 8, 8)
+    assert close(results_of(twin, x), results_of(model, x))

@@ -302,3 +302,46 @@ def test_a_weight_of_another_dtype_is_an_error_except_under_autocast(recompute: 
         F.act_linear(x, weight, recompute=recompute)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert F.act_linear(x, weight, recompute=recompute).dtype == torch.bfloat16
+
+
+SLICES = {
+    "few steps": lambda h: h[:, -4:],
+    "all but one step": lambda h: h[:, 1:],
+    "columns": lambda h: h[..., :16],
+    "transposed": lambda h: h.transpose(0, 1),
+}
+
+
+class Slicing(torch.nn.Module):
+    """An MLP of a part of what another layer returns, which nothing else keeps."""
+
+    def __init__(self, name: str, recompute: str) -> None:
+        super().__init__()
+        self.taken, self.recompute = SLICES[name], recompute
+        self.first, self.last = torch.nn.Linear(8, 32), torch.nn.Linear(24, 8)
+        self.up = torch.nn.Linear(16 if name == "columns" else 32, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.taken(self.first(x))
+        if self.recompute == "none":
+            return self.last(torch.relu(self.up(x)))
+        weights = self.up.weight, self.up.bias, self.last.weight, self.last.bias
+        return F.mlp(x, *weights, activation="relu", recompute=self.recompute)
+
+
+@pytest.mark.parametrize("is_cast", [False, True])
+@pytest.mark.parametrize("recompute", ["block", "output", "all"])
+@pytest.mark.parametrize("name", SLICES)
+def test_a_slice_of_a_sequence_keeps_no_more_than_in_torch(name: str, recompute: str, is_cast: bool) -> None:
+    x = torch.randn(8, 48, 8, device=DEVICE)
+    kept, gradients = [], []
+    for level in (recompute, "none"):
+        torch.manual_seed(0)
+        net = Slicing(name, level).to(DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=is_cast):
+            kept.append(saved_bytes(net, x))
+            loss = net(x).float().square().sum()
+        gradients.append(torch.autograd.grad(loss, list(net.parameters())))
+    assert kept[0] <= kept[1]
+    for found, expected in zip(*gradients, strict=True):
+        assert (found - expected).norm() <= (2e-2 if is_cast else 1e-5) * expected.norm()

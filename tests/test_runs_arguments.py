@@ -175,17 +175,45 @@ def test_a_write_to_a_large_buffer_between_the_passes_is_an_error() -> None:
         loss.backward()
 
 
-def test_a_large_attribute_that_a_layer_writes_to_is_no_error() -> None:
-    class Remembering(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            self.bank[0] = x.detach().sum()
-            return super().forward(x).exp()
+class Weights(Tensor):
+    """A subclass of Tensor, which is not copied."""
 
-    layer = Remembering(WIDTH, WIDTH)
-    layer.bank = torch.zeros(2**16 + 1)
-    ckpt_kernels.convert(net := nn.Sequential(layer), recompute={"0": "checkpoint"})
-    net(torch.ones(2, WIDTH)).sum().backward()
-    assert layer.weight.grad is not None
+
+ATTRIBUTES_WITHOUT_COPY = {
+    "large": lambda: torch.ones(2**16 + 1),
+    "subclass": lambda: torch.ones(WIDTH).as_subclass(Weights),
+    "expanded": lambda: torch.ones(1).expand(WIDTH),
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES_WITHOUT_COPY)
+@pytest.mark.parametrize("write", ("none", "by the layer", "by others"))
+def test_a_layer_with_an_attribute_that_is_not_copied(name: str, write: str) -> None:
+    class Scaling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x).exp()
+            if not hasattr(self, "bank"):
+                return y
+            if write == "by the layer":
+                self.bank.as_subclass(Tensor)[:1].mul_(3.0)
+            return y * self.bank.as_subclass(Tensor)[:WIDTH].clone()
+
+    def gradients(level: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(*(Scaling(WIDTH, WIDTH) for _ in range(3)))
+        net[1].bank = ATTRIBUTES_WITHOUT_COPY[name]()
+        ckpt_kernels.convert(net, recompute={"*": level})
+        loss = net(torch.ones(2, WIDTH)).square().sum()
+        if write == "by others":
+            net[1].bank.as_subclass(Tensor)[:1].mul_(3.0)
+        return [*torch.autograd.grad(loss, list(net.parameters())), net[1].bank.as_subclass(Tensor)]
+
+    if write == "by others":
+        with pytest.raises(RuntimeError, match="a buffer of a checkpointed layer"):
+            gradients("checkpoint")
+        return
+    for found, expected in zip(gradients("checkpoint"), gradients("none"), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_calls_share_the_copies_of_a_buffer_that_nobody_writes_to() -> None:

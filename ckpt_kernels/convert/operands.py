@@ -1,5 +1,7 @@
 """Which tensors the fused functions take, and which modules can be called by their forward alone."""
 
+import inspect
+import types
 from typing import Any
 
 import torch
@@ -13,6 +15,21 @@ from ..thin.direct import WATCHERS, is_plain
 from .code.call_graph import is_unpatched
 from .native_guards import GlobalStateGuard, ModuleGuard, passes_natively
 from .torch_patches import INHERITED_METHODS, TORCH_FUNCTIONS, are_patched, are_patched_as_traced
+
+
+def _steps_of(kind: type[nn.Module]) -> dict[str, types.FunctionType]:
+    """The methods of a class of torch that the forward names, and those that these name."""
+    steps: dict[str, types.FunctionType] = {}
+    waiting: list[Any] = [kind.forward]
+    while waiting:
+        for name in waiting.pop().__code__.co_names:
+            step = inspect.getattr_static(kind, name, None)
+            of_module = hasattr(nn.Module, name) or name in ("_check_input_dim", "_get_no_batch_dim")
+            if isinstance(step, types.FunctionType) and name not in steps and not of_module:
+                steps[name] = step
+                waiting.append(step)
+    return steps
+
 
 _TENSORS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,6 +46,12 @@ FORWARDS = {
     kind: (kind.forward, kind.forward.__code__)
     for kind in vars(nn).values()
     if isinstance(kind, type) and issubclass(kind, nn.Module) and is_unpatched(kind.forward)
+}
+# The methods that their forwards call, and the code of these, for classes whose forwards call any. Two are left out:
+# they check the input, and the rules of norms call them.
+_STEPS = {
+    kind: [(name, step, step.__code__) for name, step in _steps_of(kind).items()]
+    for kind, (forward, code) in FORWARDS.items()
 }
 _global_hooks = nn.modules.module
 _is_compiling = torch.compiler.is_compiling
@@ -139,9 +162,17 @@ def class_calls_forward(kind: type[nn.Module]) -> bool:
 
 
 def has_forward_of(kind: type[nn.Module], torchs: type[nn.Module]) -> bool:
-    """Whether a class has the forward of a class of torch, unchanged since this package was imported."""
+    """Whether a class has the forward of a class of torch, and the methods that the forward calls, unchanged since this
+    package was imported."""
     forward, code = FORWARDS.get(torchs, (None, None))
-    return forward is not None and kind.forward is forward and forward.__code__ is code
+    return forward is not None and kind.forward is forward and forward.__code__ is code and has_steps_of(kind, torchs)
+
+
+def has_steps_of(kind: type[nn.Module], torchs: type[nn.Module]) -> bool:
+    """Whether a class has the methods that the forward of a class of torch calls, unchanged since this package was
+    imported."""
+    steps = _STEPS.get(torchs, ())
+    return all(getattr(kind, name, None) is step and step.__code__ is code for name, step, code in steps)
 
 
 def is_plain_instance(module: nn.Module) -> bool:

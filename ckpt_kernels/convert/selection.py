@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .code.child_classes import inspects_classes_inside
+from .code.child_classes import classes_told_inside
 from .module_tree import children_of, modules_of, named_modules, names_fitting
 from .swap import original_of
 
@@ -14,7 +14,8 @@ Choice = tuple[str | type[nn.Module], ...] | None
 class Selection:
     """Modules that are included and not excluded, by name (with * and ?) or by class, each with all modules below.
 
-    A module below one whose forward tells classes from subclasses (`type(layer) is nn.LayerNorm`) is not selected.
+    A module whose class the forward of a module around tells from subclasses (`type(layer) is nn.LayerNorm`) is not
+    selected.
     """
 
     def __init__(self, model: nn.Module, include: Choice, exclude: Choice) -> None:
@@ -30,13 +31,18 @@ class Selection:
         """Why the conversion must not change that module; "" if it may."""
         if module in self._excluded or not (self._included is None or module in self._included):
             return "not selected"
-        return "a module around it reads the classes of modules inside" if module in self.inspected else ""
+        return "a module around it compares the classes of modules inside" if module in self.inspected else ""
 
 
 def inspected_modules(model: nn.Module) -> set[nn.Module]:
-    """All modules below one whose forward tells classes from subclasses, as `type(layer) is nn.LayerNorm` does."""
-    inspecting = (module for module in modules_of(model) if inspects_classes_inside(original_of(module)))
-    return {below for module in inspecting for child in children_of(module) for below in modules_of(child)}
+    """All modules whose class the forward of a module around tells from subclasses, as `type(layer) is nn.LayerNorm`
+    does."""
+    found: set[nn.Module] = set()
+    for module in modules_of(model):
+        if (told := classes_told_inside(original_of(module))) != frozenset():
+            below = (other for child in children_of(module) for other in modules_of(child))
+            found.update(other for other in below if original_of(other) in told)
+    return found
 
 
 def choice_of(model: nn.Module, given: Iterable[str | type[nn.Module]] | None, argument: str) -> Choice:

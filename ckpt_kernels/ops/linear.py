@@ -28,6 +28,7 @@ from .linear_gradients import (
 )
 from .products import (
     as_non_view,
+    as_saved,
     grad_bias_of,
     grad_input_of,
     grad_of_shared_input,
@@ -73,7 +74,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. Under autocast, keeps input and weight themselves instead of cast copies."""
     if not is_autocast(input) or not is_fused(input, weight, bias):
         return linear_of_torch(input, weight, bias)
-    return _apply_of(_Linear)(input, weight, bias, product_dtype(input))
+    return _apply_of(_Linear)(as_saved(input), weight, bias, product_dtype(input))
 
 
 # A block, and the products that read its output
@@ -254,6 +255,7 @@ def linear_block_linear(
     """
     if recompute == "all" and is_fused(input, *first_parameters, weight, bias):
         dtype = product_dtype(input)
+        input = as_saved(input, weight.shape[1])
 
         def product(weight: Tensor, bias: Tensor | None, input: Tensor, *first_parameters: Tensor | None) -> Tensor:
             return product_of(block.forward(products_of(input, first_parameters, dtype))[0], weight, bias, dtype)

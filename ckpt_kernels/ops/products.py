@@ -1,5 +1,6 @@
 """torch's matrix products of linear layers and their gradients, in the dtypes that autocast asks for."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -47,6 +48,26 @@ def as_matrix(tensor: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor
     return tensor.flatten(0, -2) if tensor.dim() > 2 else tensor.unsqueeze(0)
+
+
+def as_saved(input: Tensor, width: int = 0) -> Tensor:
+    """The input of a linear layer, for the backward pass: itself, or a copy of a part of a larger tensor.
+
+    If the rows do not form a matrix, F.linear saves a copy. A slice of a sequence would keep the memory of the whole
+    sequence, which other ops often keep anyway. So the slice is copied if the rest takes more than the slice, or than
+    the columns of this `width` that torch keeps and the caller does not.
+    """
+    if input.dim() < 3 or input.is_contiguous() or _is_matrix(input):
+        return input
+    taken = input.numel() * input.element_size()
+    rest = input.untyped_storage().nbytes() - taken
+    return input.contiguous() if rest * input.shape[-1] > taken * min(width, input.shape[-1]) else input
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    """Whether the leading dimensions can be viewed as one."""
+    sizes = [(size, stride) for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size != 1]
+    return all(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(sizes))
 
 
 def grad_input_of(grad: Tensor, weight: Tensor) -> Tensor:

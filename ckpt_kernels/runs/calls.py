@@ -3,14 +3,16 @@
 import contextlib
 import operator
 import sys
+import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..autocast import forget_casts
 from ..bitwise_check import checksum_of
 from ..call_state import BufferSnapshot, autocast_state
 from ..nested_values import tensors_among
@@ -51,9 +53,9 @@ class Saved:
         self.value: Tensor | None = None
         self._version: int | None = None
 
-    def fill(self, value: Tensor) -> None:
-        """Sets the value that the repeated run has saved, a detached alias."""
-        self.value, self._version = value, version_of(value)
+    def fill(self, value: Tensor, version: int | None) -> None:
+        """Sets the value that the repeated run has saved, and the version of the value at the end of that run."""
+        self.value, self._version = value, version
 
     def get(self) -> Tensor:
         """The value, which the rest of the repeated run must not have written to, as autograd demands of any run."""
@@ -79,8 +81,8 @@ class Call:
 
     random: RandomState
     reads_own_graph = False
-    # The storages of the buffers that have earlier values while the call is repeated.
-    restored_storages: frozenset[int] = frozenset()
+    # The buffers that have earlier values while the call is repeated, by the address of their storages.
+    restored: Mapping[int, BufferSnapshot] = types.MappingProxyType({})
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place], held: Held) -> None:
         self.function = function
@@ -97,6 +99,12 @@ class Call:
         self.parameters = [] if is_distributed else held.parameters
         self.memory = _memory_of(self.parameters)
         self.states = None if is_distributed else held.states
+
+    def forget_saved(self) -> None:
+        """Drops the values that the first pass has saved."""
+        for reference in self.saved:
+            if (saved := reference()) is not None:
+                saved.value = None
 
     def repeat(self, args: tuple, kwargs: dict[str, Any], alone: bool) -> list[Tensor]:
         """Repeats the call with the random numbers, autocast, backend, buffers and modules' states of the first pass.
@@ -118,14 +126,15 @@ class Call:
             if self.states is not None:
                 stack.enter_context(self.states.restored(list(tensors_among((args, kwargs)))))
             restored = [buffer for buffer in self.buffers if buffer.is_needed()]
-            self.restored_storages = frozenset(buffer.tensor.untyped_storage()._cdata for buffer in restored)
             for buffer in restored:
                 stack.enter_context(buffer.restored())
+            self.restored = {buffer.tensor.untyped_storage()._cdata: buffer for buffer in restored}
             if backends.chosen() != self.backend:
                 stack.enter_context(backends.serving(self.backend))
             if autocast_state() != self.autocast:
                 for device, options in self.autocast:
                     stack.enter_context(torch.autocast(device, **options))
+            forget_casts()
             return list(tensors_among(function(*args, **kwargs)))
 
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..autocast import forget_casts
 from ..bitwise_check import checksum_of, note_difference
 from ..call_state import BufferSnapshot
 from ..nested_values import tensors_among
@@ -45,7 +46,7 @@ class Run:
 
     def continues_with(self, place: Place, tensors: Sequence[Tensor]) -> bool:
         """Whether a call with these tensors is the next of the run: one that takes an output of the last call."""
-        if place.key != self._key or place.number != self._calls[-1].places[0].number + 1:
+        if not self._calls or place.key != self._key or place.number != self._calls[-1].places[0].number + 1:
             return False
         links = [self._link(tensor) for tensor in tensors if tensor.requires_grad]
         return any(link is not None and link.call == len(self._calls) - 1 for link in links)
@@ -68,9 +69,14 @@ class Run:
         if call.states is not None:
             call.states.note_arguments(tensors)
 
+        # A layer that writes to a tensor of which there is no copy cannot run again, and has to keep what it saves.
+        may_keep = any(not buffer.is_copied for buffer in call.buffers)
+
         @steps_aside
         def pack(tensor: Tensor) -> Saved:
             saved = Saved(self, tensor)
+            if may_keep:
+                saved.fill(tensor.detach(), version_of(tensor))
             call.saved.append(weakref.ref(saved))
             return saved
 
@@ -80,6 +86,8 @@ class Run:
             call.reads_own_graph = call.reads_own_graph or is_running
             return saved.get()
 
+        # A cast that an earlier layer made would be made anew in the second pass, and then have a recipe.
+        forget_casts()
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             output = call.function(*args, **kwargs)
         is_running = False
@@ -87,6 +95,11 @@ class Run:
             buffer.end_call()
         if call.states is not None:
             call.states.forget_unread()
+        if may_keep and any(buffer.is_written and not buffer.is_copied for buffer in call.buffers):
+            self._calls.pop()
+            return output
+        if may_keep:
+            call.forget_saved()
         for number, tensor in enumerate(tensors_among(output)):
             link = Link(len(self._calls) - 1, number)
             self._links[id(tensor)] = weakref.ref(tensor), version_of(tensor), link
@@ -198,16 +211,17 @@ class Run:
             saved = waiting[count]()
             count += 1
             value = tensor.detach()
-            # The buffer has a later value again when the saved tensor is read.
-            if call.restored_storages and is_plain(value) and value.untyped_storage()._cdata in call.restored_storages:
-                value = value.clone()
+            version = version_of(value)
+            if call.restored and is_plain(value):
+                buffer = call.restored.get(value.untyped_storage()._cdata)
+                value, version = (value, version) if buffer is None else buffer.saved(value)
             if saved is not None:
                 if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
                     raise RuntimeError(
                         f"a checkpointed layer saves {tensor.dtype} {tuple(tensor.shape)}; expected {saved.dtype} "
                         f"{tuple(saved.shape)}, as at first: does it decide at random?"
                     )
-                saved.fill(value)
+                saved.fill(value, version)
                 if saved.checksum is not None and saved.checksum != checksum_of(tensor):
                     note_difference(call.module)
             if is_last and count == len(waiting):

@@ -16,11 +16,15 @@ from .code_objects import cell_value, has_type, imports_in, names_in
 from .memoization import memoized
 from .source import NoSource, decorator_chain
 
+# Methods that make an instance.
+MAKERS = ("__init__", "__new__", "__init_subclass__")
 # The directory of torch's files.
 _TORCH_DIRECTORY = os.path.join(os.path.dirname(torch.__file__), "")
 # The directory of the standard library's files, which may hold installed packages too.
 _STANDARD_DIRECTORY = os.path.join(os.path.dirname(os.__file__), "")
 
+# Libraries of functions of tensors and arrays. Some choose an implementation by the class of an argument.
+_OF_TENSORS = frozenset({"einops", "einx", "numpy"})
 # How deep containers of functions may nest.
 _DEPTH = 3
 
@@ -49,9 +53,17 @@ def functions_reachable_from(value: Any, kind: type) -> tuple[types.FunctionType
         seen.add(function)
         for part in _parts(function):
             reached.append(part)
-            # What a function of the standard library calls is the library's own.
-            waiting += () if is_standard(part) else _named_in(part, kind)
+            # What such a function calls is the library's own.
+            waiting += () if takes_no_modules(part) else _named_in(part, kind)
     return tuple(reached)
+
+
+def takes_no_modules(function: types.FunctionType) -> bool:
+    """Whether a function belongs to Python's standard library, or to a library of functions of tensors and arrays.
+
+    These may look at the class of an argument, but the code of a model passes no modules to them.
+    """
+    return is_standard(function) or (function.__module__ or "").partition(".")[0] in _OF_TENSORS
 
 
 def is_standard(function: types.FunctionType) -> bool:
@@ -97,8 +109,10 @@ def _named_in(function: types.FunctionType, kind: type) -> Iterator[types.Functi
     owners = [owner for owner in kind.__mro__ if not belongs_to_torch(owner)]
     values: list[Any] = list(map(cell_value, function.__closure__ or ()))
     for name in names:
-        # In all classes of the method resolution order, because `super()` may call any.
-        values += [vars(owner)[name] for owner in owners if name in vars(owner)]
+        # In all classes of the method resolution order, because `super()` may call any. Only a method makes its
+        # instance anew; elsewhere this is the name of another class's method.
+        if name not in MAKERS or function in methods_of(kind):
+            values += [vars(owner)[name] for owner in owners if name in vars(owner)]
         values.append(namespace.get(name))
         imported = (vars(module).get(name) for module in modules)
         values += [value for value in imported if has_type(value, types.FunctionType)]

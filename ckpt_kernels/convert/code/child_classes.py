@@ -1,4 +1,5 @@
-"""Uses of children's classes: whether a forward tells the converted class of a module inside from the original."""
+"""Uses of children's classes: for which classes a forward tells the converted class of a module inside from the
+original."""
 
 import ast
 import types
@@ -7,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .call_graph import is_standard, methods_of, reachable_functions
-from .class_uses import aliased, tells_subclasses
+from .call_graph import methods_of, reachable_functions, takes_no_modules
+from .class_uses import EVERY_CLASS, Classes, aliased, told_classes, union
 from .code_objects import names_in
 from .memoization import memoized
 from .source import tree_of
@@ -16,28 +17,28 @@ from .syntax_trees import is_name, stored_names
 
 
 @memoized
-def inspects_classes_inside(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a class, or a function that the forward may call, uses the class of an object that may be
-    a module inside, in a way that tells a subclass from the class (see `class_uses`).
+def classes_told_inside(kind: type[nn.Module]) -> Classes:
+    """The classes that the forward of a class, or a function that the forward may call, tells from their subclasses
+    (see `class_uses`), where an object may be a module inside.
 
-    That is any object but the module itself and the arguments of the forward. Functions of the standard library, which
-    are reached by names alone, do not count.
+    That is any object but the module itself and the arguments of the forward. Functions that take
+    no modules, and are reached by names alone, do not count.
     """
     methods = methods_of(kind)
-    reached = (function for function in reachable_functions(kind) if not is_standard(function))
-    return any(_inspects(function, methods.get(function)) for function in reached)
+    reached = (function for function in reachable_functions(kind) if not takes_no_modules(function))
+    return union(_told(function, methods.get(function)) for function in reached)
 
 
-def _inspects(function: types.FunctionType, method: str | None) -> bool:
-    """Whether a function uses the class of an object; `method` is the function's name in the class, None if in none."""
+def _told(function: types.FunctionType, method: str | None) -> Classes:
+    """The classes that a function tells; `method` is the function's name in the class, None if in none."""
     if "__class__" in function.__code__.co_consts:  # getattr(layer, "__class__")
-        return True
+        return EVERY_CLASS
     if not {"type", "__class__"} & names_in(function.__code__):
-        return False
+        return frozenset()
     tree = tree_of(function)
     if tree is None or _passes_type_on(tree):
-        return True
-    return tells_subclasses(function, tree, _may_be_inside(function, tree, method))
+        return EVERY_CLASS
+    return told_classes(function, tree, _may_be_inside(function, tree, method))
 
 
 def _passes_type_on(tree: ast.FunctionDef) -> bool:

@@ -1,13 +1,13 @@
-"""Uses of the classes of objects in a function: whether they tell a converted class, which is a subclass, from the
-original.
+"""Uses of the classes of objects in a function: for which classes of modules they tell a converted class, which is a
+subclass, from the original.
 
-Allowed uses are to call the class, to format the class, to read inherited attributes, and to compare the class with
-classes that are no modules.
+Uses that tell none are to call the class, to format the class, and to read inherited attributes. A comparison with
+classes tells these classes. Other uses tell every class.
 """
 
 import ast
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -21,18 +21,39 @@ from .syntax_trees import is_name
 _NOT_INHERITED = frozenset("__annotations__ __base__ __bases__ __dict__ __mro__ __subclasses__ mro".split())
 
 
-def tells_subclasses(
+class _EveryClass:
+    """A container of all classes."""
+
+    def __contains__(self, kind: object) -> bool:
+        return True
+
+
+Classes = Container[type]
+EVERY_CLASS: Classes = _EveryClass()
+
+
+def union(several: Iterable[Classes]) -> Classes:
+    """The union of several sets of classes."""
+    found: set[type] = set()
+    for classes in several:
+        if not isinstance(classes, frozenset):
+            return EVERY_CLASS
+        found |= classes
+    return frozenset(found)
+
+
+def told_classes(
     function: types.FunctionType,
     tree: ast.FunctionDef,
     is_object: Callable[[ast.AST], bool],
     classes: Iterable[str] = (),
-) -> bool:
-    """Whether a function uses a class in another way than the allowed ones.
+) -> Classes:
+    """The classes that a function tells from subclasses, where the class in use may be a class of a module.
 
-    The classes are those of the expressions for which `is_object` is true, and the names `classes`.
+    Classes in use are those of the expressions for which `is_object` is true, and the names `classes`.
     """
     uses = _ClassUses(function, tree, is_object, classes)
-    return any(not uses.is_allowed(parent, child) for parent, child in uses.found())
+    return union(uses.told(parent, child) for parent, child in uses.found())
 
 
 def aliased(tree: ast.FunctionDef, names: Collection[str]) -> Callable[[ast.AST], bool]:
@@ -75,15 +96,18 @@ class _ClassUses:
                 if self._is_class(child):
                     yield parent, child
 
-    def is_allowed(self, parent: ast.AST, child: ast.AST) -> bool:
-        """Whether a use gives the same for a subclass that overrides methods."""
+    def told(self, parent: ast.AST, child: ast.AST) -> Classes:
+        """The classes for which a use may give something else for a subclass that overrides methods."""
+        if isinstance(parent, ast.Compare):
+            operands = [o for o in (parent.left, *parent.comparators) if o is not child]
+            return union(self._modules_among(self._scope.value(operand), operand) for operand in operands)
+        return frozenset() if self._is_allowed(parent, child) else EVERY_CLASS
+
+    def _is_allowed(self, parent: ast.AST, child: ast.AST) -> bool:
         if isinstance(parent, ast.Attribute):
             return isinstance(parent.ctx, ast.Load) and parent.attr not in _NOT_INHERITED
         if isinstance(parent, ast.Assign):
             return all(isinstance(target, ast.Name) for target in parent.targets)
-        if isinstance(parent, ast.Compare):
-            operands = [parent.left, *parent.comparators]
-            return all(o is child or self._is_no_module(self._scope.value(o), o) for o in operands)
         if not isinstance(parent, ast.Call):
             return isinstance(parent, ast.FormattedValue)
         if parent.func is child or is_name(parent.func, ("str", "repr", "print")):
@@ -93,14 +117,15 @@ class _ClassUses:
             return not _NOT_INHERITED.intersection(self._texts(parent.args[1]))
         return is_first and is_name(parent.func, ("issubclass",))
 
-    def _is_no_module(self, value: Any, tree: ast.AST | None = None) -> bool:
-        """Whether a value is a class that no module is an instance of, or a container of such classes."""
+    def _modules_among(self, value: Any, tree: ast.AST | None = None) -> Classes:
+        """The classes of modules that a value is or contains; every class for anything but a class, or a container of
+        classes that nobody changes."""
         if isinstance(tree, ast.Tuple | ast.List | ast.Set):
-            return all(self._is_no_module(self._scope.value(item), item) for item in tree.elts)
+            return union(self._modules_among(self._scope.value(item), item) for item in tree.elts)
         if has_type(value, type):
-            return not issubclass(value, nn.Module)
+            return frozenset((value,) if issubclass(value, nn.Module) else ())
         items = items_of(value) if has_type(value, (tuple, frozenset)) else []
-        return bool(items) and all(map(self._is_no_module, items))
+        return union(map(self._modules_among, items)) if items else EVERY_CLASS
 
     def _texts(self, tree: ast.expr) -> set[str]:
         """The values that an expression may have: a constant, or an item of a global dict; else all names."""

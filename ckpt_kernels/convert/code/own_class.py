@@ -13,8 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from .call_graph import functions_held_by, functions_reachable_from, items_of, methods_of, reachable_functions
-from .class_uses import aliased, tells_subclasses
+from .call_graph import (
+    MAKERS,
+    functions_held_by,
+    functions_reachable_from,
+    items_of,
+    methods_of,
+    reachable_functions,
+)
+from .class_uses import EVERY_CLASS, Classes, aliased, told_classes
 from .code_objects import has_type, names_in
 from .memoization import memoized
 from .source import tree_of
@@ -26,8 +33,6 @@ _OF_STRINGS = vars(re)
 # Files of base classes whose methods, beside the forward, read the class without effect: LightningModule asks whether
 # an object is the module itself or a data module.
 _HARMLESS = frozenset(("lightning.pytorch.core.module", "pytorch_lightning.core.module"))
-# Methods that run before a conversion.
-_MAKERS = ("__init__", "__new__", "__init_subclass__")
 
 
 def inspects_own_class(module: nn.Module, original_of: Callable[[nn.Module], type[nn.Module]]) -> bool:
@@ -43,7 +48,7 @@ def inspects_own_class(module: nn.Module, original_of: Callable[[nn.Module], typ
             # What the instance holds, or else the original class: a converted class has other methods.
             held = vars(module).get(name, module._modules.get(name))
             held = inspect.getattr_static(kind, name, None) if held is None else held
-            if held is not None and _receiver_inspects(held, names_in(method.__code__), original_of):
+            if held is not None and _receiver_inspects(held, kind, names_in(method.__code__), original_of):
                 return True
     return False
 
@@ -53,13 +58,13 @@ def _code_inspects(kind: type[nn.Module]) -> bool:
     """Whether a method of the class, or a function that the forward may call, inspects the class."""
     methods = methods_of(kind)
     reached = reachable_functions(kind)
-    candidates = {f for f, name in methods.items() if name not in _MAKERS and f.__module__ not in _HARMLESS}
+    candidates = {f for f, name in methods.items() if name not in MAKERS and f.__module__ not in _HARMLESS}
     # A plain function sees the module only if a method passes the module on.
     candidates.update(reached if _passing_methods(kind) else methods.keys() & set(reached))
     class_methods = {f for f, name in methods.items() if has_type(inspect.getattr_static(kind, name), classmethod)}
     # A classmethod that the forward does not call is called on the original class.
     candidates -= class_methods.difference(reached)
-    return any(_inspects_class(function, function in class_methods, 0) for function in candidates)
+    return any(kind in _told_classes(function, function in class_methods, 0) for function in candidates)
 
 
 @memoized
@@ -111,59 +116,68 @@ def _attribute_called(callee: ast.expr | None, self_name: str) -> str:
 
 
 def _receiver_inspects(
-    held: Any, names: Collection[str], original_of: Callable[[nn.Module], type[nn.Module]], depth: int = 4
+    held: Any,
+    kind: type[nn.Module],
+    names: Collection[str],
+    original_of: Callable[[nn.Module], type[nn.Module]],
+    depth: int = 4,
 ) -> bool:
-    """Whether a held function, object or module inspects the class of an argument; of containers, an item.
+    """Whether a held function, object or module tells the class `kind` of an argument; of containers, an item.
 
     `names` are the names in the method that calls, among them that of the method of the object. Containers may nest
     `depth` deep.
     """
-    if any(map(_function_inspects, functions_held_by(held))):
+    if any(_function_tells(function, kind) for function in functions_held_by(held)):
         return True
     items = items_of(held)
     if has_type(held, nn.Module):
-        if _object_inspects(original_of(held), ("forward", *sorted(names))):
+        if _object_tells(original_of(held), ("forward", *sorted(names)), kind):
             return True
         items = list(held._modules.values()) if has_type(held, _CONTAINERS) else []
     elif has_type(held, types.MethodType):
         owner = held.__self__
-        kind = original_of(owner) if has_type(owner, nn.Module) else type(owner)
-        return _object_inspects(kind, (held.__func__.__name__,))
+        owner_kind = original_of(owner) if has_type(owner, nn.Module) else type(owner)
+        return _object_tells(owner_kind, (held.__func__.__name__,), kind)
     elif has_type(held, type):
-        return _object_inspects(held, ("__init__", "__new__"))
-    elif not items and _object_inspects(type(held), ("__call__", *sorted(names))):
+        return _object_tells(held, ("__init__", "__new__"), kind)
+    elif not items and _object_tells(type(held), ("__call__", *sorted(names)), kind):
         return True
-    return depth > 0 and any(_receiver_inspects(item, names, original_of, depth - 1) for item in items)
+    return depth > 0 and any(_receiver_inspects(item, kind, names, original_of, depth - 1) for item in items)
 
 
 @memoized
-def _function_inspects(function: types.FunctionType) -> bool:
-    return any(_inspects_class(reached, False, 0) for reached in functions_reachable_from(function, object))
+def _function_tells(function: types.FunctionType, kind: type[nn.Module]) -> bool:
+    return any(kind in _told_classes(reached, False, 0) for reached in functions_reachable_from(function, object))
 
 
 @memoized
-def _object_inspects(kind: type, names: tuple[str, ...]) -> bool:
-    """Whether a method of an object of that class, or code that the method reaches, inspects the class of an argument
-    other than the object itself."""
-    methods = methods_of(kind)
+def _object_tells(owner: type, names: tuple[str, ...], kind: type[nn.Module]) -> bool:
+    """Whether a method of an object, or code that the method reaches, tells the class `kind` of an argument other than
+    the object itself.
+
+    Args:
+        owner: the class of the object.
+        names: the names of the methods.
+    """
+    methods = methods_of(owner)
     for name in names:
-        for function in functions_reachable_from(inspect.getattr_static(kind, name, None), kind):
-            if _inspects_class(function, False, int(function in methods)):
+        for function in functions_reachable_from(inspect.getattr_static(owner, name, None), owner):
+            if kind in _told_classes(function, False, int(function in methods)):
                 return True
     return False
 
 
 @memoized
-def _inspects_class(function: types.FunctionType, is_classmethod: bool, first: int) -> bool:
-    """Whether a function uses the class of an argument in a way that tells a subclass from the class.
+def _told_classes(function: types.FunctionType, is_classmethod: bool, first: int) -> Classes:
+    """The classes that a function tells from their subclasses, where an argument is an instance.
 
     The arguments from the place `first` on count; the first of a classmethod is the class itself.
     """
     code = function.__code__
     if function.__globals__ is _OF_STRINGS or not (is_classmethod or {"type", "__class__"} & names_in(code)):
-        return False
+        return frozenset()
     tree = tree_of(function)
     if tree is None:
-        return True
+        return EVERY_CLASS
     arguments = set(code.co_varnames[first : code.co_argcount + code.co_kwonlyargcount])
-    return tells_subclasses(function, tree, aliased(tree, arguments), code.co_varnames[: int(is_classmethod)])
+    return told_classes(function, tree, aliased(tree, arguments), code.co_varnames[: int(is_classmethod)])

@@ -24,6 +24,7 @@ from ..code.memoization import memoized
 from ..code.scope import UNKNOWN, Scope
 from ..code.source import NoSource, decorator_chain, definition_of
 from ..code.straight_line import Binding, Run, blocks, runs_ending_at
+from ..operands import has_steps_of
 from ..rotations.recognition import is_rotation
 from ..rules.activation_trials import TrialResult, activation_by_trial
 from ..rules.gates import GateOutline, clamps_or_casts, gate_of_method, gated, outline_of_method
@@ -38,6 +39,9 @@ from .gate_runs import gate_run_roles
 from .note_reasons import ADAPTER, BIASED, noted_roles
 from .rewrite import rewritten_method
 from .roles import GATE, SUPER_NORM, MethodRoles, Role, may_match_any, role_of, role_of_method
+from .super_norms import class_with_forward
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -141,13 +145,19 @@ def functions_in(module: nn.Module) -> Iterator[types.FunctionType]:
 
 
 def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
-    """The methods of a class, without those of nn.Module and dunders."""
+    """The methods of a class, without those of nn.Module, those of this package's modules, and dunders."""
     seen: set[str] = set()
     for owner in itertools.takewhile(lambda owner: owner is not nn.Module, kind.__mro__):
+        is_ours = owner.__module__.partition(".")[0] == _PACKAGE
         for name, method in vars(owner).items():
-            if name not in seen and is_plain_method(method) and not name.startswith("__"):
+            if name not in seen and is_plain_method(method) and not name.startswith("__") and not is_ours:
                 yield name, method
             seen.add(name)
+
+
+def _has_norm_of_torch(kind: type[nn.Module], role: Role) -> bool:
+    """Whether `super().forward` in a class computes what torch's norm computes."""
+    return loads_plainly(kind, *READ) and has_steps_of(kind, class_with_forward(role.values[0]))
 
 
 def _roles(
@@ -164,7 +174,7 @@ def _roles(
             method = method_called(value)
             role = role_of(value, may_touch) if method is None else _object_role(method, may_touch)
             # A property would run once more.
-            if role.kind != SUPER_NORM or (module is not None and loads_plainly(type(module), *READ)):
+            if role.kind != SUPER_NORM or (module is not None and _has_norm_of_torch(type(module), role)):
                 roles[text] = role
         elif module is not None and isinstance(load, ast.Attribute) and ast.unparse(load.value) == scope.self_name:
             if (role := role_of_method(module, load.attr)).kind:

@@ -8,13 +8,22 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from ..code.code_objects import has_type
 from ..rules.norm_trials import TORCH_NORMS
 from ..rules.norms import Norm
 
 CLASSES = tuple(TORCH_NORMS)
 # By their forwards, as they were when this package was imported: a user may patch them later.
-_RULES: dict[Callable[..., Any], tuple[type, Norm]] = {kind.forward: (kind, rule) for kind, rule in TORCH_NORMS.items()}
+_RULES: dict[Callable[..., Any], tuple[type[nn.Module], Norm]] = {
+    kind.forward: (kind, rule) for kind, rule in TORCH_NORMS.items()
+}
+
+
+def class_with_forward(function: Callable[..., Any]) -> type[nn.Module]:
+    """The first class of torch's norms whose forward this is."""
+    return _RULES[function][0]
 
 
 def norm_with_forward(function: Any) -> Norm | None:
