@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import memory, random_draws
 from .convert import Report, convert, revert
+from .convert.report import in_columns
 from .model_argument import check_model
 from .model_copies import copy_of
 from .model_errors import Errors, beyond_rounding, errors_of, lowest_precision
@@ -77,7 +78,7 @@ class Check:
             (e.what, f"{e.eager:.2e}", f"{e.converted:.2e}", f"{e.difference:.2e}", f"{e.worst_ratio:.2f}x  {e.worst}")
             for e in self.errors
         ]
-        lines += _columns(rows)
+        lines += in_columns(rows)
         lines += [
             "",
             "numbers but for rounding, types of outputs, buffers, attributes, random numbers: "
@@ -93,7 +94,7 @@ class Check:
         ):
             ratio = f"{after / before:.2f}" if before else "-"
             rows.append((name, f"{before / scale:.2f} {unit}", f"{after / scale:.2f} {unit}", ratio))
-        lines += _columns(rows)
+        lines += in_columns(rows)
         if self.noise is None:
             lines.append("  a single step of each: nothing says how far times spread, nor that they mean anything")
         elif self.noise > WIDE_SPREAD:
@@ -251,11 +252,6 @@ def _compared(theirs: tuple, ours: tuple) -> Iterator[str]:
             yield f"{name} is {b.dtype} {tuple(b.shape)}, not {a.dtype} {tuple(a.shape)}"
         elif not torch.equal(a.isfinite(), b.isfinite()):
             yield f"{name} is finite elsewhere"
-
-
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def to_json(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:

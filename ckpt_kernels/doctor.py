@@ -44,7 +44,7 @@ def _backend_findings(device: str) -> Iterator[Finding]:
     reasons = {name: backends.why_not(name, device, torch.float32) for name in backends.NAMES}
     if chosen:
         slow = chosen == "reference"
-        detail = " (plain torch: right, but neither fast nor saving memory)" if slow else ""
+        detail = " (plain torch: right, and keeps as little memory, but no faster than torch)" if slow else ""
         yield Finding(f"{device} calls", f"served by {chosen}{detail}", problem=slow)
     for name, reason in reasons.items():
         if name != chosen:

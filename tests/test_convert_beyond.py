@@ -240,17 +240,6 @@ def test_a_dropout_that_becomes_in_place() -> None:
 # pointwise, rest
 
 
-class Bent(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h):
-        ctx.save_for_backward(h)
-        return F.silu(h)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
 def test_a_patched_forward_of_an_activation_class_runs(monkeypatch) -> None:
     class Act(nn.Module):
         def forward(self, h: Tensor) -> Tensor:

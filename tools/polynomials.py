@@ -116,7 +116,7 @@ def greatest_ulp(p: Polynomial, multiply_add: MultiplyAdd, points: int = 2_000_0
     x = torch.linspace(*p.arguments, points, dtype=torch.float64).float()
     truth = p.truth(x.double())
     ulp = torch.exp2(truth.abs().log2().floor() - 23)
-    found = p.float32(x, coefficients(p.name), multiply_add).double()
+    found = p.float32(x, p.written(p.name), multiply_add).double()
     inside = truth.abs() >= torch.finfo(torch.float32).tiny
     return float(((found - truth).abs() / ulp)[inside].max())
 
@@ -307,7 +307,7 @@ LOG2_NORMAL_TAIL = Polynomial(
     0,
     6,
     10,
-    lambda a, values, multiply_add: torch.exp2(horner(values, a, multiply_add)),
+    lambda a, values, multiply_add: torch.exp2(horner([-1.0, *values], a, multiply_add)),
     _tail,
     (0.0, 6.0),
     {0: -1.0},

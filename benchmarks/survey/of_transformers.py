@@ -76,13 +76,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 
 _SERIES = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2, 3], "num_time_features": 2}
-for _name in ("autoformer", "informer", "time_series_transformer"):
-    _SETTINGS[_name] = {
-        "prediction_length": 8,
-        "context_length": 16,
-        "lags_sequence": [1, 2, 3],
-        "num_time_features": 2,
-    }
+_SETTINGS |= dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _SERIES)
 
 # The same models called in other common ways: (type, settings, inputs).
 _VARIANTS: dict[str, tuple[str, dict[str, Any], Inputs]] = {

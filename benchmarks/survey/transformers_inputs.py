@@ -67,10 +67,6 @@ def _features(config: Any, shape: Shape) -> Tensor:
     return torch.randn(shape.batch, bands, 2 * positions if positions else 64)
 
 
-def _framed_features(config: Any, shape: Shape) -> Tensor:
-    return _features(config, shape).transpose(1, 2).contiguous()
-
-
 # The inputs for parameters of these names.
 _BY_NAME: dict[str, Callable[[Any, Shape], Any]] = {
     "input_ids": lambda config, shape: tokens(shape),

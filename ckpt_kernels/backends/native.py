@@ -80,7 +80,7 @@ def _load(stem: str) -> str | None:
     """Load one library; return the reason if that fails, or None."""
     path = library(stem)
     if path is None:
-        return f"the library {stem} was not built (see CKPT_KERNELS_BUILD in the README)"
+        return f"the library {stem} was not built (docs/releasing.md, CKPT_KERNELS_BUILD)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

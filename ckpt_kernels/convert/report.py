@@ -63,9 +63,9 @@ class Report:
         lines = [f"recompute={self.recompute!r}, served by the {self.backend} backend{_COST.get(self.backend, '')}"]
         lines.append("replaced:" if self.replaced else f"nothing was replaced{self._why_nothing()}")
         if self.replaced:
-            lines += _lines([("", "module", "computes with", "first"), *self._rows(self.replaced, "by")])
+            lines += in_columns([("", "module", "computes with", "first"), *self._rows(self.replaced, "by")])
         if self.left_alone:
-            lines += ["left alone:", *_lines(self._rows(self.left_alone, "reason"))]
+            lines += ["left alone:", *in_columns(self._rows(self.left_alone, "reason"))]
         if self.kept is not None:
             before, after = self.kept
             ratio = f" ({after / before:.2f})" if before else ""
@@ -108,6 +108,7 @@ class Report:
 _COST = {"reference": ", which is plain torch: right, but no faster than the model was"}
 
 
-def _lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def in_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table without rules, indented by two spaces."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -9,7 +9,6 @@ If something must see single ops (torch.compile, torch.func, tensor subclasses),
 same.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,15 +75,6 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not is_autocast(input) or not is_fused(input, weight, bias):
         return linear_of_torch(input, weight, bias)
     return _apply_of(_Linear)(as_saved(input), weight, bias, product_dtype(input))
-
-
-def recomputed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear. Within `discard_outputs`, readers of the output keep a recipe that runs the product again."""
-    output = linear(input, weight, bias)
-    if recompute.thread.active:
-        product = functools.partial(product_of, dtype=product_dtype(input))
-        recompute.record(output, (product, (input, weight, bias)))
-    return output
 
 
 # A block, and the products that read its output

@@ -40,9 +40,11 @@ class Pattern(NamedTuple):
 
     `description` is for people, and `spellings` are all forms of the template. `compute` takes the `tensors` and the
     (weight, bias) pairs of the `linears` by their names in the template. Among its `parameters` may be `norm` and
-    its `rule`, `activation` (the name) and `act` (the module or function), `p` (the dropout's probability), and the
-    constants in `options`. `makes_act_input`: the template computes the activation's input, which no other code sees;
-    `act_input_is_half`: the input is half of a tensor whose other half is the value.
+    its `rule`, `activation` (the name) and `act` (the module or function), `write` (the module), `p` (the dropout's
+    probability), `recompute` (the level of the method's blocks), and the constants in `options`. A template with halves
+    gives their `layout` and `dim`, one with `view(x)` the function `x_view`. `makes_act_input`: the template computes
+    the activation's input, which no other code sees; `act_input_is_half`: the input is half of a tensor whose other
+    half is the value.
     """
 
     compute: Callable[..., Results | None]

@@ -33,7 +33,7 @@ _OUT_OF_PLACE: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...
     nn.ReLU6: (F.relu6, ()),
     nn.SiLU: (F.silu, ()),
 }
-# Those that save a clone and that no rule converts.
+# Those that save a clone, and are none of our activations, or are one at some settings only.
 _SAVING_CLONES = (nn.Hardsigmoid, nn.Hardtanh, nn.ReLU6)
 _SETTINGS = tuple({name: None for _, names in _OUT_OF_PLACE.values() for name in names})
 

@@ -14,7 +14,7 @@ from .norms import RowNorm
 from .pointwise import pointwise_of
 from .rule import Rule
 
-_IN_BFLOAT16 = "not converted while its {} bfloat16: takes none, or rounds as none of our row norms does"
+_IN_BFLOAT16 = "not converted while its {} bfloat16: refuses this dtype, or rounds as none of our row norms does"
 
 
 class LeafConverter:
