@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ckpt_kernels
+from ckpt_kernels.convert.code import reachability
+from ckpt_kernels.convert.rotations import recognition
+from ckpt_kernels.convert.torch_patches import INHERITED_METHODS, TORCH_FUNCTIONS
 
 from . import test_convert_tried as tried
-from .conversion import random_tensor
+from .conversion import WIDTH, random_tensor
 from .test_convert_tried import Patched, Sloped, found_in, rows
 
 
@@ -216,3 +219,43 @@ def test_a_second_conversion_reads_changed_globals(monkeypatch) -> None:
     monkeypatch.setitem(vars(tried), "slope", F.gelu)
     ckpt_kernels.convert(module)
     torch.testing.assert_close(module(rows()), F.gelu(rows()))
+
+
+ALLOWED = sorted({*reachability._ALLOWED, *recognition._NAMES})
+WATCHED = {
+    id(holder): {name for other, name, _ in TORCH_FUNCTIONS if other is holder} for holder, *_ in TORCH_FUNCTIONS
+}
+
+
+@pytest.mark.parametrize("holder", [Tensor, torch, F], ids=lambda holder: holder.__name__)
+def test_all_functions_that_code_may_name_are_watched(holder) -> None:
+    """A user may patch any of them, and the code that names it must see the patch."""
+    owner = holder if holder is Tensor else vars(holder)
+    watched = {name for other, name, _ in TORCH_FUNCTIONS if other is owner}
+    if holder is Tensor:
+        watched.update(INHERITED_METHODS)
+    functions = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+    named = {name for name in ALLOWED if isinstance(getattr(holder, name, None), functions)}
+    assert named and named <= watched
+
+
+class ChannelsFirst(nn.Module):
+    """A norm whose code names methods of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.movedim(1, -1).contiguous(), self.weight.shape, self.weight, self.bias, 1e-6)
+        return y.movedim(-1, 1)
+
+
+@pytest.mark.parametrize("name", ["movedim", "contiguous"])
+def test_a_patched_method_is_called(name: str, monkeypatch) -> None:
+    model = nn.Sequential(ChannelsFirst())
+    assert found_in(ckpt_kernels.convert(model)) == {"0": "layer_norm (channels first)"}
+    method = getattr(Tensor, name)
+    monkeypatch.setattr(Tensor, name, lambda self, *args: 2 * method(self, *args), raising=False)
+    x = torch.randn(2, WIDTH, 3, 3)
+    torch.testing.assert_close(model(x), ChannelsFirst.forward(model[0], x))

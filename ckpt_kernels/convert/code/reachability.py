@@ -35,7 +35,7 @@ _CHOOSING_OPCODES = ("IS_OP", "CONTAINS_OP", "BINARY_SUBSCR", "COMPARE_OP")
 # The attributes of tensors and of torch that code may name: arithmetic, and the parts of norms, beside the activations.
 _ALLOWED = FUNCTION_NAMES.union(
     """Tensor add bfloat16 bias contiguous div dtype erf float float16 float32 forward functional layer_norm math mean
-    movedim mul neg nn normalize normalized_shape permute pi pow rms_norm rsqrt shape size sqrt square std sub sum to
+    movedim mul neg nn normalize normalized_shape permute pi pow rms_norm rsqrt shape size sqrt square sub sum to
     torch transpose type type_as unsqueeze var view weight""".split()
 )
 _METHOD_TYPES = types.FunctionType | staticmethod | classmethod | functools.partial
