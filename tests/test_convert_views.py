@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ckpt_kernels
+from ckpt_kernels.memory import saved_bytes
 
 from .conftest import DEVICE
 
@@ -124,3 +126,39 @@ def test_outputs_are_views_only_if_the_originals_are(kind: str, dtype: torch.dty
             assert theirs._is_view() or not ours._is_view(), name
             if not theirs._is_view():
                 ours.detach_().mul_(torch.ones((), device=DEVICE, requires_grad=True))
+
+
+class MovedNorm(nn.LayerNorm):
+    """A norm over the channels of a map, which a copy moves back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 4, f"expected 4 dimensions, got {x.shape}"
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2).contiguous()
+
+
+class WrittenNorm(nn.LayerNorm):
+    """The same, written to between two copies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 4, f"expected 4 dimensions, got {x.shape}"
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        moved = x.permute(0, 3, 1, 2).contiguous()
+        self.write(x)
+        return moved + x.permute(0, 3, 1, 2).contiguous().tanh()
+
+    def write(self, x: Tensor) -> None:
+        x.mul_(2.0)
+
+
+@pytest.mark.parametrize("kind", [MovedNorm, WrittenNorm])
+def test_the_copy_of_a_norm_of_a_moved_map_is_recomputed(kind: type[nn.LayerNorm]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), kind(16), nn.Conv2d(16, 4, 3)).to(DEVICE)
+    twin, x = copy.deepcopy(model), torch.randn(2, 3, 12, 12, device=DEVICE)
+    ckpt_kernels.convert(model)
+    if kind is MovedNorm:
+        assert saved_bytes(model, x) <= 0.6 * saved_bytes(twin, x)
+    gradients = [torch.autograd.grad(each(x).square().sum(), list(each.parameters())) for each in (model, twin)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))

@@ -22,7 +22,7 @@ from ..rotations.recognition import rotation_of, settings_in
 from ..rules.activation_trials import TriedFunction, activation_function
 from ..rules.channel_norms import are_running_statistics
 from ..rules.gates import gate_of_function
-from ..rules.norms import is_dense_map
+from ..rules.norms import as_no_view, is_dense_map
 from ..rules.pointwise import KEPT_BY_OUTPUT, ActivationRule, activated, has_halves, pointwise_of
 
 # Torch's functions as they were when this package was imported: a user may patch them later.
@@ -125,8 +125,7 @@ def _layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any
         return theirs.layer_norm(input, normalized_shape, weight, bias, eps)
     if _is_moved_map(input, weight, bias) and len(normalized_shape) == 1:
         options = (eps, True, "identity", 0.0, False, True)
-        output = map_norm(input.movedim(-1, 1), weight, bias, options).movedim(1, -1)
-        return torch.ops.aten._unsafe_view.default(output, output.shape)
+        return as_no_view(map_norm(input.movedim(-1, 1), weight, bias, options).movedim(1, -1))
     return ours.layer_norm(input, normalized_shape, weight, bias, eps)
 
 

@@ -190,14 +190,14 @@ class RowNorm(Norm):
             if order is None:
                 return None
             rows = self._fused(activation, *self._operands(module, input.permute(order), weight, bias))
-            return _as_no_view(rows.permute([order.index(dimension) for dimension in range(input.dim())]))
+            return as_no_view(rows.permute([order.index(dimension) for dimension in range(input.dim())]))
         output = self._over_channels(activation, *self._operands(module, input, weight, bias))
         if output is not None:
             return output
         output = self._fused(activation, *self._operands(module, input.movedim(1, -1), weight, bias)).movedim(-1, 1)
         if self._returns_contiguous(input) and not output.is_contiguous():
             return output.contiguous()
-        return _as_no_view(output)
+        return as_no_view(output)
 
     def _returns_contiguous(self, input: Tensor) -> bool:
         """Whether the norm over the channels of this map is contiguous."""
@@ -251,9 +251,12 @@ class RowNorm(Norm):
         return name + (f" ({', '.join(settings)})" if settings else "")
 
 
-def _as_no_view(output: Tensor) -> Tensor:
+def as_no_view(output: Tensor) -> Tensor:
     """The same memory as a tensor that is no view, so that in-place writes and `detach_` work as on a norm's output."""
-    return torch.ops.aten._unsafe_view.default(output, output.shape)
+    result = torch.ops.aten._unsafe_view.default(output, output.shape)
+    # A recipe for a copy of the result asks whether the result has been written to.
+    recompute.note(result, output, watches=True)
+    return result
 
 
 def are_coefficients(input: Tensor, *coefficients: Tensor | None) -> bool:
