@@ -132,7 +132,8 @@ class MovedNorm(nn.LayerNorm):
     """A norm over the channels of a map, which a copy moves back."""
 
     def forward(self, x: Tensor) -> Tensor:
-        assert x.dim() == 4, f"expected 4 dimensions, got {x.shape}"
+        if x.dim() != 4:
+            raise ValueError(f"expected 4 dimensions, got {x.shape}")
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2).contiguous()
 
@@ -141,7 +142,8 @@ class WrittenNorm(nn.LayerNorm):
     """The same, written to between two copies."""
 
     def forward(self, x: Tensor) -> Tensor:
-        assert x.dim() == 4, f"expected 4 dimensions, got {x.shape}"
+        if x.dim() != 4:
+            raise ValueError(f"expected 4 dimensions, got {x.shape}")
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         moved = x.permute(0, 3, 1, 2).contiguous()
         self.write(x)
