@@ -429,3 +429,30 @@ def test_a_silu_with_a_flag(inplace: bool) -> None:
     assert close(results_of(model, x), results_of(eager, x))
     # Out of place the product runs again, too: beside the input only the bias is kept.
     assert inplace or kept(model, x) <= x.nbytes + 2 * model.up.bias.nbytes
+
+
+class OwnWeight(nn.Module):
+    """A block with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(self.norm(x)), self.weight) + self.linear(x)
+
+
+@pytest.mark.parametrize("recompute", ["block", "output", "all", "layer"])
+@pytest.mark.parametrize("around", [nn.Sequential, lambda module: module], ids=["in a model", "the model"])
+@pytest.mark.parametrize("kind", [OwnWeight, lambda: nn.LayerNorm(WIDTH), lambda: nn.Linear(WIDTH, WIDTH)])
+def test_a_parametrization_can_be_removed_from_a_converted_model(kind, around, recompute: str) -> None:
+    torch.manual_seed(0)
+    module, x = kind(), random_tensor(4, WIDTH)
+    nn.utils.parametrizations.weight_norm(module, "weight", dim=0)
+    expected = module(x)
+    model = around(module)
+    ckpt_kernels.convert(model, recompute=recompute)
+    torch.testing.assert_close(model(x), expected)
+    nn.utils.parametrize.remove_parametrizations(module, "weight")
+    torch.testing.assert_close(model(x), expected)

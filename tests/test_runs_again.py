@@ -402,3 +402,29 @@ def test_a_layer_that_asks_for_gradients_in_its_forward_pass(tree: Tree) -> None
     expected = derived(net)
     for mine, theirs in zip(derived(by_tree(layers, tree)), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+class Auxiliary(nn.Module):
+    """A layer whose forward adds gradients of its own loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.first(x.detach()).exp().sum().backward()
+        return self.last(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradients_of_a_loss_within_a_layer_are_added_once(steps: int) -> None:
+    def gradients(level: str) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        net = nn.Sequential(Auxiliary(), Auxiliary())
+        ckpt_kernels.convert(net, recompute={"?": level})
+        for x in torch.randn(steps, 3, WIDTH):
+            net(x).sin().sum().backward()
+        return [parameter.grad for parameter in net.parameters()]
+
+    for ours, expected in zip(gradients("checkpoint"), gradients("none"), strict=True):
+        torch.testing.assert_close(ours, expected)

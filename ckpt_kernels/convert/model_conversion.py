@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .. import backends, offload
 from ..levels import discards_outputs, level_of_blocks, runs_layers_again, runs_products_again
@@ -26,7 +27,7 @@ from .rewriting.roles import looks_like_mlp
 from .rewriting.sequential import sequential_rule
 from .rotations.unrecognized import why_unrecognized
 from .rules.heads import Head
-from .rules.leaves import LeafConverter
+from .rules.leaves import PARAMETRIZED, LeafConverter
 from .rules.likeness import looks_like_activation, looks_like_several
 from .rules.norms import Norm
 from .rules.pointwise import KEPT_BY_OUTPUT, name_of
@@ -65,7 +66,10 @@ class ModelConversion(LeafConverter):
         step depends on the rules of the steps before."""
         self.names = names = {module: name for name, module in named_modules(self.model)}
         for name, module in heads.items():
-            self.apply(name, module, Head())
+            if parametrize.is_parametrized(module):
+                self.leave(name, module, PARAMETRIZED)
+            else:
+                self.apply(name, module, Head())
         for module, name in names.items():
             self.convert(name, module)
         for module, name in names.items():
@@ -88,9 +92,9 @@ class ModelConversion(LeafConverter):
         if leaf or not self.selection.covers(module):
             return
         if not may_be_swapped(module):
-            if children_of(module) and has_forward(module) and (reader := reader_of_class(module)):
-                self.unread[module] = f"keeps its class, which {reader} reads"
-                self.leave(name, module, self.unread[module])
+            if children_of(module) and has_forward(module) and (why := _why_class_stays(module)):
+                self.unread[module] = why
+                self.leave(name, module, why)
             return
         rule: Rule | None = sequential_rule(module, level_of_blocks(self.levels.of(module)), self.selection.covers)
         reason = ""
@@ -183,6 +187,13 @@ class ModelConversion(LeafConverter):
             return False
         rules = [self.rules[m] for m in modules_of(module) if m in self.rules]
         return any(isinstance(rule, Norm) or (isinstance(rule, RewrittenMethods) and rule.has_norm) for rule in rules)
+
+
+def _why_class_stays(module: nn.Module) -> str:
+    if parametrize.is_parametrized(module):
+        return PARAMETRIZED
+    reader = reader_of_class(module)
+    return f"keeps its class, which {reader} reads" if reader else ""
 
 
 def _backend_of(model: nn.Module) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .class_members import has_members_as_made, remember_members, undo_subclass_hooks
 from .code.memoization import shared_results
@@ -131,9 +132,13 @@ def original_of(module: nn.Module) -> type[nn.Module]:
 
 
 def may_be_swapped(module: nn.Module) -> bool:
-    """Whether the forward is a plain method of the class, and no code tells the class from a subclass."""
+    """Whether the forward is a plain method of the class, no code tells the class from a subclass, and no parameter of
+    the module is parametrized."""
     kind = original_of(module)
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return False
+    # Torch removes a parametrization from the module's very class.
+    if parametrize.is_parametrized(module):
         return False
     return is_plain_method(inspect.getattr_static(kind, "forward", None)) and not reader_of_class(module)
 

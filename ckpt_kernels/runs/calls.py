@@ -5,7 +5,7 @@ import operator
 import sys
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -135,7 +135,22 @@ class Call:
                 for device, options in self.autocast:
                     stack.enter_context(torch.autocast(device, **options))
             forget_casts()
+            if self.reads_own_graph:
+                stack.enter_context(_apart_from_gradients(self.parameters))
             return list(tensors_among(function(*args, **kwargs)))
+
+
+@contextlib.contextmanager
+def _apart_from_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """A context whose backward passes do not reach the gradients of the parameters: the first pass has added theirs."""
+    gradients = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
 
 def _memory_of(parameters: Sequence[nn.Parameter]) -> list[tuple[int | None, int]]:

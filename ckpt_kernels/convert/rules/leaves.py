@@ -14,6 +14,7 @@ from .norms import RowNorm
 from .pointwise import pointwise_of
 from .rule import Rule
 
+PARAMETRIZED = "its parameters are parametrized"
 _IN_BFLOAT16 = "not converted while its {} bfloat16: refuses this dtype, or rounds as none of our row norms does"
 
 
@@ -41,7 +42,7 @@ class LeafConverter:
         elif why := self.selection.why_not(module):
             self.leave(name, module, why)
         elif parametrize.is_parametrized(module):
-            self.leave(name, module, "its parameters are parametrized")
+            self.leave(name, module, PARAMETRIZED)
         elif "forward" in module.__dict__:
             self.leave(name, module, "its forward was replaced on the instance")
         elif not may_be_swapped(module):
