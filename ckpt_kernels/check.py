@@ -224,8 +224,8 @@ def _truths(model: nn.Module, batches: Sequence[Inputs]) -> list[dict[str, Tenso
                 (results, _), _ = _from_same_seeds(functools.partial(_results, exact, each_of(batch, in_double)))
             except RuntimeError as error:
                 raise ValueError(
-                    f"model does not run in float64: {error}; expected a model that takes the dtype of its tensors from "
-                    "parameters and inputs, because the results of a float64 copy count as the truth"
+                    f"model does not run in float64: {error}; expected a model that takes the dtype of its tensors "
+                    "from parameters and inputs, because the results of a float64 copy count as the truth"
                 ) from error
         truths.append(results)
     return truths
