@@ -231,3 +231,9 @@ def test_a_dict_of_modules_has_no_code_to_report() -> None:
     parts = nn.ModuleDict({"first": nn.Linear(4, 4), "act": nn.GELU(), "last": nn.Linear(4, 4)})
     (left,) = ckpt_kernels.convert(Together(parts)).left_alone
     assert left.kind == "Together" and "one by one" in left.reason
+
+
+def test_a_parametrization_is_no_norm() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH))
+    nn.utils.parametrizations.weight_norm(model[0])
+    assert not ckpt_kernels.convert(model).left_alone

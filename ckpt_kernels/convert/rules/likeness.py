@@ -24,8 +24,12 @@ _NAMED_EXPERTS = re.compile(r"expert|moe(?![a-z])", re.IGNORECASE)
 
 
 def looks_like_norm(module: nn.Module) -> bool:
-    """Whether a module without children has a class named like a norm, or is one of torch's norms."""
-    return ("norm" in type(module).__name__.lower() or isinstance(module, NORMS)) and not children_of(module)
+    """Whether a module without children has a class named like a norm, or is one of torch's norms.
+
+    Torch's parametrizations, such as the one of `weight_norm`, compute parameters.
+    """
+    is_named = "norm" in type(module).__name__.lower() and not type(module).__module__.startswith("torch.nn.utils.")
+    return (is_named or isinstance(module, NORMS)) and not children_of(module)
 
 
 def looks_like_activation(module: nn.Module) -> bool:
