@@ -92,7 +92,8 @@ class ModelConversion(LeafConverter):
         if leaf or not self.selection.covers(module):
             return
         if not may_be_swapped(module):
-            if children_of(module) and has_forward(module) and (why := _why_class_stays(module)):
+            is_block = any(name != "parametrizations" for name in module._modules)
+            if is_block and has_forward(module) and (why := _why_class_stays(module)):
                 self.unread[module] = why
                 self.leave(name, module, why)
             return
