@@ -410,9 +410,10 @@ class Auxiliary(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.scale = torch.ones(WIDTH, requires_grad=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.first(x.detach()).exp().sum().backward()
+        (self.first(x.detach()) * self.scale).exp().sum().backward()
         return self.last(self.first(x).tanh())
 
 
@@ -424,7 +425,7 @@ def test_gradients_of_a_loss_within_a_layer_are_added_once(steps: int) -> None:
         ckpt_kernels.convert(net, recompute={"?": level})
         for x in torch.randn(steps, 3, WIDTH):
             net(x).sin().sum().backward()
-        return [parameter.grad for parameter in net.parameters()]
+        return [*(parameter.grad for parameter in net.parameters()), *(layer.scale.grad for layer in net)]
 
     for ours, expected in zip(gradients("checkpoint"), gradients("none"), strict=True):
         torch.testing.assert_close(ours, expected)

@@ -336,7 +336,9 @@ class Recording(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
         self.losses: list[Tensor] = []
         self.maps: dict[str, Any] = {"old": 1, "rows": [0], "nested": {"sizes": collections.deque([1], maxlen=2)}}
-        self.seen, self.counts = {0}, collections.defaultdict(int)
+        self.seen, self.counts, self.deep = {0}, collections.Counter(), ([[[[0]]]], 1)
+        self.losses_again = [self.losses]
+        self.losses_again.append(self.losses_again)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x).exp()
@@ -347,6 +349,7 @@ class Recording(nn.Module):
         self.maps["nested"]["sizes"].append(len(self.losses))
         self.seen.add(len(self.losses))
         self.counts["calls"] += 1
+        self.deep[0][0][0][0].append(1)
         return y * len(self.maps["rows"][:2])
 
 
@@ -359,7 +362,12 @@ def test_containers_are_written_to_once(level: str) -> None:
     maps = [layer.maps["y"] for layer in net]
     (sum(output.sum() for output in outputs) + sum(layer.losses[0] for layer in net)).backward()
     for layer, last in zip(net, maps, strict=True):
-        assert len(layer.losses) == 2 and layer.counts == {"calls": 2} and layer.seen == {0, 1, 2}
+        assert (
+            len(layer.losses) == 2
+            and layer.counts == {"calls": 2}
+            and layer.deep == ([[[[0, 1, 1]]]], 1)
+            and layer.seen == {0, 1, 2}
+        )
         assert list(layer.maps) == ["rows", "nested", "y"] and layer.maps["y"] is last
         assert layer.maps["rows"] == [0, 3, 3] and list(layer.maps["nested"]["sizes"]) == [1, 2]
 

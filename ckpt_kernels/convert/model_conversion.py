@@ -92,7 +92,7 @@ class ModelConversion(LeafConverter):
         if leaf or not self.selection.covers(module):
             return
         if not may_be_swapped(module):
-            is_block = any(name != "parametrizations" for name in module._modules)
+            is_block = len(children_of(module)) > int(parametrize.is_parametrized(module))
             if is_block and has_forward(module) and (why := _why_class_stays(module)):
                 self.unread[module] = why
                 self.leave(name, module, why)

@@ -153,12 +153,13 @@ class Call:
                     stack.enter_context(torch.autocast(device, **options))
             forget_casts()
             if self.reads_own_graph:
-                stack.enter_context(_apart_from_gradients(self.parameters))
+                attributes = [buffer.tensor for buffer in self.buffers if buffer.tensor.requires_grad]
+                stack.enter_context(_apart_from_gradients([*self.parameters, *attributes]))
             return list(tensors_among(function(*args, **kwargs)))
 
 
 @contextlib.contextmanager
-def _apart_from_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _apart_from_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
     """A context whose backward passes do not reach the gradients of the parameters: the first pass has added theirs."""
     gradients = [parameter.grad for parameter in parameters]
     try:

@@ -6,14 +6,13 @@ held, because they may hold graphs; a repeated call finds what is there then, an
 
 import collections
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-# Containers in containers are looked into so many times.
-_DEPTH = 3
 _LISTS = (list, collections.deque)
-_DICTS = (dict, collections.OrderedDict, collections.defaultdict)
-_KINDS = frozenset({*_LISTS, *_DICTS, set})
+_DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
+_CHANGEABLE = frozenset({*_LISTS, *_DICTS, set})
+_KINDS = frozenset({*_CHANGEABLE, tuple})
 
 
 class Contents:
@@ -22,12 +21,15 @@ class Contents:
     __slots__ = ("_copies",)
 
     def __init__(self, dicts: Sequence[dict[str, Any]]) -> None:
+        waiting = [value for values in dicts for value in values.values() if type(value) in _KINDS]
         found: dict[int, Any] = {}
-        for values in dicts:
-            for value in values.values():
-                if type(value) in _KINDS:
-                    found.update((id(inside), inside) for inside in _with_inner(value, _DEPTH))
-        self._copies = [(container, container.copy()) for container in found.values()]
+        while waiting:
+            container = waiting.pop()
+            if id(container) not in found:  # a list may contain itself
+                found[id(container)] = container
+                parts = container.values() if type(container) in _DICTS else container
+                waiting += [part for part in parts if type(part) in _KINDS]
+        self._copies = [(found_one, found_one.copy()) for found_one in found.values() if type(found_one) in _CHANGEABLE]
 
     def restore(self) -> None:
         """Give the containers these contents."""
@@ -36,14 +38,6 @@ class Contents:
                 continue
             container.clear()
             (container.extend if type(container) in _LISTS else container.update)(before)
-
-
-def _with_inner(container: Any, depth: int) -> Iterator[Any]:
-    yield container
-    if depth > 1 and type(container) is not set:
-        for value in container.values() if type(container) in _DICTS else container:
-            if type(value) in _KINDS:
-                yield from _with_inner(value, depth - 1)
 
 
 def _is_same(now: Any, before: Any) -> bool:
