@@ -218,6 +218,9 @@ class Telling:
     def by_order(self, layer: Any) -> Any:
         return type(layer).mro()
 
+    def by_forward(self, layer: Any) -> Any:
+        return type(layer).forward is nn.LayerNorm.forward
+
     def by_annotations(self, layer: Any) -> Any:
         return type(layer).__annotations__
 

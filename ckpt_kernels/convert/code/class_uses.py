@@ -18,7 +18,7 @@ from .scope import Scope
 from .syntax_trees import is_name
 
 # Attributes of a class that a subclass does not inherit unchanged.
-_NOT_INHERITED = frozenset("__annotations__ __base__ __bases__ __dict__ __mro__ __subclasses__ mro".split())
+_NOT_INHERITED = frozenset("__annotations__ __base__ __bases__ __dict__ __mro__ __subclasses__ forward mro".split())
 
 
 class _EveryClass:
