@@ -345,3 +345,17 @@ def test_a_slice_of_a_sequence_keeps_no_more_than_in_torch(name: str, recompute:
     assert kept[0] <= kept[1]
     for found, expected in zip(*gradients, strict=True):
         assert (found - expected).norm() <= (2e-2 if is_cast else 1e-5) * expected.norm()
+
+
+@pytest.mark.parametrize("recompute", ["block", "output", "all"])
+@pytest.mark.parametrize("name", sorted(SLICES.keys() - {"columns"}))  # whose rows are a matrix
+def test_the_model_may_write_to_a_slice_that_torch_copies(name: str, recompute: str) -> None:
+    net = Slicing(name, recompute).to(DEVICE)
+    base = torch.randn(8, 48, 8, device=DEVICE)
+    h = net.first(base).clone()
+    net.first = torch.nn.Identity()
+    loss = net(h).square().sum()
+    with torch.no_grad():
+        h.add_(1.0)
+    loss.backward()
+    assert net.up.weight.grad is not None

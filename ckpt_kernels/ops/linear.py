@@ -255,7 +255,7 @@ def linear_block_linear(
     """
     if recompute == "all" and is_fused(input, *first_parameters, weight, bias):
         dtype = product_dtype(input)
-        input = as_saved(input, weight.shape[1])
+        input = as_saved(input)
 
         def product(weight: Tensor, bias: Tensor | None, input: Tensor, *first_parameters: Tensor | None) -> Tensor:
             return product_of(block.forward(products_of(input, first_parameters, dtype))[0], weight, bias, dtype)

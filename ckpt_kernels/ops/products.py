@@ -50,18 +50,15 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 2 else tensor.unsqueeze(0)
 
 
-def as_saved(input: Tensor, width: int = 0) -> Tensor:
-    """The input of a linear layer, for the backward pass: itself, or a copy of a part of a larger tensor.
+def as_saved(input: Tensor) -> Tensor:
+    """The input of a linear layer as F.linear saves it: itself, or a copy if the rows do not form a matrix.
 
-    If the rows do not form a matrix, F.linear saves a copy. A slice of a sequence would keep the memory of the whole
-    sequence, which other ops often keep anyway. So the slice is copied if the rest takes more than the slice, or than
-    the columns of this `width` that torch keeps and the caller does not.
+    Without the copy, a slice of a sequence would keep the memory of the whole sequence, and the model must not write to
+    the input later.
     """
     if input.dim() < 3 or input.is_contiguous() or _is_matrix(input):
         return input
-    taken = input.numel() * input.element_size()
-    rest = input.untyped_storage().nbytes() - taken
-    return input.contiguous() if rest * input.shape[-1] > taken * min(width, input.shape[-1]) else input
+    return input.contiguous()
 
 
 def _is_matrix(tensor: Tensor) -> bool:
