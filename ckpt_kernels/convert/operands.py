@@ -175,6 +175,11 @@ def has_steps_of(kind: type[nn.Module], torchs: type[nn.Module]) -> bool:
     return all(getattr(kind, name, None) is step and step.__code__ is code for name, step, code in steps)
 
 
+def runs_steps_of(module: nn.Module, torchs: type[nn.Module]) -> bool:
+    """The same for an instance, which may have replaced a method."""
+    return has_steps_of(type(module), torchs) and not any(name in vars(module) for name, *_ in _STEPS.get(torchs, ()))
+
+
 def is_plain_instance(module: nn.Module) -> bool:
     """Whether the module has no hooks and no forward on the instance."""
     attributes = module.__dict__

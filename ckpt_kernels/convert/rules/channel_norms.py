@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from ... import functional as F
 from ... import thin
 from ...nn.channel_norms_of_torch import batch_norm_of, group_of, instance_norm_of
-from ..operands import has_steps_of
+from ..operands import runs_steps_of
 from ..torch_patches import are_patched
 from .norms import Norm, are_coefficients, is_dense_map
-
-_STEPS = frozenset(("_apply_instance_norm", "_handle_no_batch_input"))
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class InstanceNorm(Norm):
     description = "instance_norm"
 
     def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
-        if not has_steps_of(type(module), nn.InstanceNorm1d) or not _STEPS.isdisjoint(vars(module)):
+        if not runs_steps_of(module, nn.InstanceNorm1d):
             return None
         module._check_input_dim(input)
         single = input.dim() == module._get_no_batch_dim()
