@@ -12,6 +12,7 @@ from ckpt_kernels.catalogue.block import Operands
 from ckpt_kernels.catalogue.linear import PAIRS, Pair
 from ckpt_kernels.levels import OF_FUNCTIONS
 from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.ops.products import as_saved
 
 from .blocks import by_pair, with_gradients
 from .conftest import DEVICE, emulated, interprets, where
@@ -345,3 +346,41 @@ def test_a_slice_of_a_sequence_keeps_no_more_than_in_torch(name: str, recompute:
     assert kept[0] <= kept[1]
     for found, expected in zip(*gradients, strict=True):
         assert (found - expected).norm() <= (2e-2 if is_cast else 1e-5) * expected.norm()
+
+
+# Parts of a sequence of 2 x 12 rows with 8 columns: the width, and whether the part is copied.
+PARTS = {
+    "rows that form a matrix": (lambda h: h[..., :4], 0, False),
+    "one step": (lambda h: h[:, :1], 0, False),
+    "transposed": (lambda h: h.transpose(0, 1), 0, False),
+    "all but one step": (lambda h: h[:, 1:], 0, True),
+    "half": (lambda h: h[:, :6], 8, False),
+    "less than half": (lambda h: h[:, :5], 8, True),
+    "less than half, and a wide product": (lambda h: h[:, :5], 16, True),
+    "more than half": (lambda h: h[:, :7], 8, False),
+    "more than half, and a narrow product": (lambda h: h[:, :7], 4, True),
+    "a matrix but for the last dimension": (lambda h: h.view(2, 3, 4, 8)[:, :, 1:3], 0, True),
+    "expanded": (lambda h: h[:1].expand(4, 12, 8), 0, False),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_which_parts_of_a_tensor_are_copied(name: str) -> None:
+    take, width, is_copied = PARTS[name]
+    part = take(torch.randn(2, 12, 8))
+    saved = as_saved(part, width)
+    assert torch.equal(saved, part) and (saved.data_ptr() != part.data_ptr()) is is_copied
+
+
+@pytest.mark.parametrize("steps, is_copied", [(16, True), (22, False)])
+def test_the_width_of_a_product_decides_whether_its_slice_is_copied(steps: int, is_copied: bool) -> None:
+    """With 8 of 32 columns, a copy is less than the rest of the sequence if that takes a quarter of the slice."""
+    sequence = torch.randn(2, 24, 32, device=DEVICE)
+    memory, pointers = sequence.untyped_storage().data_ptr(), []
+    up, down = torch.nn.Linear(32, 8).to(DEVICE), torch.nn.Linear(8, 32).to(DEVICE)
+    weights = up.weight, up.bias, down.weight, down.bias
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: pointers.append(tensor.untyped_storage().data_ptr()), lambda packed: packed
+    ):
+        F.mlp(sequence[:, :steps], *weights, activation="relu", recompute="all")
+    assert (memory not in pointers) is is_copied
