@@ -1,5 +1,5 @@
-"""Checkpointed layers with tensors of which there is no copy: which these are, and that a call which writes to one keeps
-what the ops save."""
+"""Checkpointed layers with tensors of which there is no copy: which these are, and what a call keeps that writes to
+one."""
 
 import gc
 from collections.abc import Callable
