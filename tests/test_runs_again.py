@@ -428,3 +428,28 @@ def test_gradients_of_a_loss_within_a_layer_are_added_once(steps: int) -> None:
 
     for ours, expected in zip(gradients("checkpoint"), gradients("none"), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+class ByGradient(nn.Module):
+    """A layer that reads the gradient of its weight, which a step before has left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1.0 if self.linear.weight.grad is None else self.linear.weight.grad.norm()
+        return (self.linear(x) / scale).sin()
+
+
+def test_a_layer_that_reads_the_gradient_of_an_earlier_step() -> None:
+    def gradients(level: str) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        net = nn.Sequential(ByGradient(), ByGradient())
+        ckpt_kernels.convert(net, recompute={"?": level})
+        for x in torch.randn(2, 3, WIDTH):
+            net(x).sum().backward()
+        return [parameter.grad for parameter in net.parameters()]
+
+    for ours, expected in zip(gradients("checkpoint"), gradients("none"), strict=True):
+        torch.testing.assert_close(ours, expected)

@@ -22,10 +22,12 @@ TENSORS = {
     "expanded in a dimension of one element": (lambda: torch.ones(3).as_strided((1, 3), (0, 1)), True),
     "expanded": (lambda: torch.ones(1).expand(3), False),
     "sparse": (lambda: torch.eye(3).to_sparse(), False),
+    "sparse rows": (lambda: torch.eye(3).to_sparse_csr(), False),
     "on no device": (lambda: torch.ones(3, device="meta"), False),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("name", TENSORS)
 def test_which_tensors_are_copied(name: str) -> None:
     make, is_copied = TENSORS[name]
