@@ -543,3 +543,20 @@ def test_the_report_names_what_reads_the_class(around: Callable[[nn.Module], nn.
     report = ckpt_kernels.convert(model)
     name = "" if isinstance(model, Registering) else "0"
     assert reason_of(report, name) == "keeps its class, which save reads"
+
+
+@pytest.mark.parametrize("level", ["output", "checkpoint"])
+def test_a_level_by_name_leaves_the_reason(level: str) -> None:
+    report = ckpt_kernels.convert(nn.Sequential(Registering()), recompute={"0": level})
+    assert [entry.reason for entry in report.left_alone if entry.name == "0"] == ["keeps its class, which save reads"]
+
+
+class Listing(nn.Linear):
+    """A module without modules inside, whose class stays."""
+
+    def save(self) -> list[type]:
+        return [type(self)]
+
+
+def test_the_report_names_no_module_without_modules_inside() -> None:
+    assert not ckpt_kernels.convert(nn.Sequential(Listing(WIDTH, WIDTH))).left_alone
