@@ -9,7 +9,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# Containers in containers are looked into so many times.
+# How deep containers may nest.
 _DEPTH = 3
 _LISTS = (list, collections.deque)
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict)

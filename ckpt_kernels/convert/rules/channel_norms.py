@@ -13,6 +13,7 @@ from ..operands import has_steps_of
 from ..torch_patches import are_patched
 from .norms import Norm, are_coefficients, is_dense_map
 
+# The methods that the forward of torch's instance norms calls, which an instance may override.
 _STEPS = frozenset(("_apply_instance_norm", "_handle_no_batch_input"))
 
 
