@@ -174,6 +174,7 @@ def test_other_uses_of_classes_hinder_nothing() -> None:
 
 
 KINDS = (int, nn.LayerNorm)
+CHANGEABLE = [nn.GELU]
 OF_CLASSES = {"eps": "eps", "names": ["eps"]}
 
 
@@ -211,6 +212,9 @@ class Telling:
 
     def by_one_of_a_global(self, layer: Any) -> Any:
         return type(layer) in KINDS
+
+    def by_a_global_that_may_change(self, layer: Any) -> Any:
+        return type(layer) in CHANGEABLE
 
     def by_what_is_held(self, layer: Any) -> Any:
         return type(layer) is self.kind
@@ -276,6 +280,7 @@ def test_which_uses_of_classes_tell_subclasses(method: types.FunctionType, tells
 
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
+FROZEN = frozenset(NORMS)
 
 
 class Comparing:
@@ -288,6 +293,18 @@ class Comparing:
         kind = layer.__class__
         return kind in NORMS or kind == torch.nn.Dropout or kind in {nn.GELU, int}
 
+    def on_the_right(self, layer: Any) -> Any:
+        return nn.LayerNorm is type(layer)
+
+    def between(self, layer: Any) -> Any:
+        return nn.GELU is not type(layer) is not nn.LayerNorm
+
+    def in_a_list(self, layer: Any) -> Any:
+        return type(layer) in [nn.LayerNorm, nn.GELU]
+
+    def in_a_global(self, layer: Any) -> Any:
+        return type(layer) in FROZEN
+
     def none(self, layer: Any) -> Any:
         return type(layer) in (int, float)
 
@@ -295,6 +312,10 @@ class Comparing:
 TOLD = {
     Comparing.one: {nn.LayerNorm},
     Comparing.several: {nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.GELU},
+    Comparing.on_the_right: {nn.LayerNorm},
+    Comparing.between: {nn.LayerNorm, nn.GELU},
+    Comparing.in_a_list: {nn.LayerNorm, nn.GELU},
+    Comparing.in_a_global: {nn.LayerNorm, nn.RMSNorm},
     Comparing.none: set(),
 }
 
@@ -363,10 +384,51 @@ class ByBackend(Layers):
         return len(backend_of(self.last)) / 5.0
 
 
-@pytest.mark.parametrize("library", ["einops", "einops.parsing", "einx", "einopsis", ""])
+@pytest.mark.parametrize("library", ["einops", "einops.parsing", "einx", "numpy", "einopsis", ""])
 def test_libraries_of_tensors_may_choose_by_the_class(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_of, "__module__", library)
     assert (nn.LayerNorm in classes_told_inside(ByBackend)) is (library in ("einopsis", ""))
+
+
+def chosen(value: Any) -> str:
+    return backend_of(value)
+
+
+class ByChosen(Layers):
+    def weigh(self, layer: nn.Module) -> float:
+        return len(chosen(self.last)) / 5.0
+
+
+@pytest.mark.parametrize("library", ["einops", ""])
+def test_what_a_library_of_tensors_calls_does_not_count(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen, "__module__", library)
+    assert (nn.LayerNorm in classes_told_inside(ByChosen)) is (library == "")
+
+
+class Box:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def boxed(value: Any) -> Box:
+    box = Box.__new__(Box)
+    Box.__init__(box, value)
+    return box
+
+
+class InitializedByClass(Layers):
+    """Only the constructor compares classes; the forward calls that of another class, in a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = sum(type(layer) is nn.LayerNorm for layer in self.layers)
+
+    def weigh(self, layer: nn.Module) -> float:
+        return boxed(1.0).value
+
+
+def test_the_constructor_of_another_class_is_not_that_of_the_module() -> None:
+    assert nn.LayerNorm not in classes_told_inside(InitializedByClass)
 
 
 class Registering(Initialized):
@@ -390,6 +452,82 @@ class RegisteredAtOnce(Initialized):
         BACKENDS[type(self)] = "registered"
 
 
+class RegisteredAsMade(RegisteredAtOnce):
+    """`__new__` hands the class on, by a private method."""
+
+    def __new__(cls) -> "RegisteredAsMade":
+        made = super().__new__(cls)
+        made._note()
+        return made
+
+    def _note(self) -> None:
+        BACKENDS[type(self)] = "made"
+
+
+class RegisteredAgain(RegisteredAtOnce):
+    """The private method runs later, too."""
+
+    def load(self) -> None:
+        self._register()
+
+
+class Sized(Initialized):
+    """A method that Python calls, and that the constructor names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = self.__len__()
+
+    def __len__(self) -> int:
+        return len(BACKENDS.get(type(self), ""))
+
+
+def compares(module: nn.Module) -> bool:
+    return type(module) is Holding
+
+
+def compares_others(module: nn.Module) -> bool:
+    return type(module) is nn.LayerNorm
+
+
+class Comparer:
+    def __call__(self, module: nn.Module) -> bool:
+        return type(module) is Holding
+
+    def others(self, module: nn.Module) -> bool:
+        return type(module) is nn.LayerNorm
+
+
+class Holding(Initialized):
+    """Passes itself to what `held` is."""
+
+    def __init__(self, held: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + float(self.held(self))
+
+
+UNREAD: dict[str, Any] = {}
+exec("def forward(self, x):\n    return self.last(x) if type(self).__name__ else x", UNREAD)
+READERS = {
+    "again": (RegisteredAgain, "_register"),
+    "by Python": (Sized, "__len__"),
+    "a function": (lambda: Holding(compares), "held"),
+    "a function of other classes": (lambda: Holding(compares_others), ""),
+    "an object": (lambda: Holding(Comparer()), "held"),
+    "a method of other classes": (lambda: Holding(Comparer().others), ""),
+    "code without a source": (type("Unread", (Initialized,), {"forward": UNREAD["forward"]}), "forward"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_which_code_reads_the_class_of_its_module(name: str) -> None:
+    make, reader = READERS[name]
+    assert reader_of_class(make()) == reader
+
+
 class Copied(Initialized):
     """A function of the standard library gets the module."""
 
@@ -397,7 +535,7 @@ class Copied(Initialized):
         return super(Copied, copy.copy(self)).forward(x)
 
 
-@pytest.mark.parametrize("kind", [RegisteredAtOnce, Copied])
+@pytest.mark.parametrize("kind", [RegisteredAtOnce, RegisteredAsMade, Copied])
 def test_such_code_does_not_tell_the_class_of_its_module(kind: type[Initialized]) -> None:
     assert not reader_of_class(kind())
 
@@ -408,3 +546,20 @@ def test_the_report_names_what_reads_the_class(around: Callable[[nn.Module], nn.
     report = ckpt_kernels.convert(model)
     name = "" if isinstance(model, Registering) else "0"
     assert reason_of(report, name) == "keeps its class, which save reads"
+
+
+@pytest.mark.parametrize("level", ["output", "checkpoint"])
+def test_a_level_by_name_leaves_the_reason(level: str) -> None:
+    report = ckpt_kernels.convert(nn.Sequential(Registering()), recompute={"0": level})
+    assert [entry.reason for entry in report.left_alone if entry.name == "0"] == ["keeps its class, which save reads"]
+
+
+class Listing(nn.Linear):
+    """A module without modules inside, whose class stays."""
+
+    def save(self) -> list[type]:
+        return [type(self)]
+
+
+def test_the_report_names_no_module_without_modules_inside() -> None:
+    assert not ckpt_kernels.convert(nn.Sequential(Listing(WIDTH, WIDTH))).left_alone

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 import ckpt_kernels
 
-from .conversion import WIDTH, close, kept, random_tensor, results_of, twins
+from .conversion import WIDTH, close, kept, random_tensor, reason_of, results_of, twins
 from .test_convert_tried import RMS, rows
 
 
@@ -456,3 +456,8 @@ def test_a_parametrization_can_be_removed_from_a_converted_model(kind, around, r
     torch.testing.assert_close(model(x), expected)
     nn.utils.parametrize.remove_parametrizations(module, "weight")
     torch.testing.assert_close(model(x), expected)
+
+
+def test_the_report_names_a_parametrization() -> None:
+    nn.utils.parametrizations.weight_norm(module := OwnWeight(), "weight", dim=0)
+    assert reason_of(ckpt_kernels.convert(nn.Sequential(module)), "0") == "its parameters are parametrized"

@@ -332,3 +332,12 @@ def test_a_step_that_is_overridden_later(on_class: bool, monkeypatch: pytest.Mon
             norm._apply_instance_norm = doubled
     x = random_tensor(2, WIDTH, 8, 8)
     assert close(results_of(twin, x), results_of(model, x))
+
+
+def test_a_step_for_one_image_that_an_instance_overrides() -> None:
+    model, twin = twins(lambda: nn.Sequential(nn.InstanceNorm2d(WIDTH), nn.ReLU()))
+    assert replacement_of(ckpt_kernels.convert(model), "0") is not None
+    for norm in (model[0], twin[0]):
+        norm._handle_no_batch_input = lambda input: 2 * nn.InstanceNorm2d._handle_no_batch_input(twin[0], input)
+    x = random_tensor(WIDTH, 8, 8)
+    assert close(results_of(twin, x), results_of(model, x))

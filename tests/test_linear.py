@@ -12,6 +12,7 @@ from ckpt_kernels.catalogue.block import Operands
 from ckpt_kernels.catalogue.linear import PAIRS, Pair
 from ckpt_kernels.levels import OF_FUNCTIONS
 from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.ops.products import as_saved
 
 from .blocks import by_pair, with_gradients
 from .conftest import DEVICE, emulated, interprets, where
@@ -359,3 +360,23 @@ def test_the_model_may_write_to_a_slice_that_torch_copies(name: str, recompute: 
         h.add_(1.0)
     loss.backward()
     assert net.up.weight.grad is not None
+
+
+# Parts of a sequence of 2 x 12 rows with 8 columns, and whether the part is copied.
+PARTS = {
+    "rows that form a matrix": (lambda h: h[..., :4], False),
+    "one step": (lambda h: h[:, :1], False),
+    "transposed": (lambda h: h.transpose(0, 1), True),
+    "all but one step": (lambda h: h[:, 1:], True),
+    "a matrix but for the last dimension": (lambda h: h.view(2, 3, 4, 8)[:, :, 1:3], True),
+    "expanded": (lambda h: h[:1].expand(4, 12, 8), True),
+    "the same row": (lambda h: h[:1, :1].expand(4, 12, 8), False),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_which_parts_of_a_tensor_are_copied(name: str) -> None:
+    take, is_copied = PARTS[name]
+    part = take(torch.randn(2, 12, 8))
+    saved = as_saved(part)
+    assert torch.equal(saved, part) and (saved.data_ptr() != part.data_ptr()) is is_copied

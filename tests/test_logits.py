@@ -322,3 +322,14 @@ def test_copies_and_revert() -> None:
 def test_names_of_no_linear_layer_are_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=r"expected the name of a torch\.nn\.Linear"):
         ckpt_kernels.convert(Model(causal), logits=name)
+
+
+def test_a_parametrized_head_stays() -> None:
+    torch.manual_seed(0)
+    model = Model(causal).to(DEVICE)
+    nn.utils.parametrizations.weight_norm(model.head, "weight", dim=0)
+    expected = model(*inputs())
+    report = ckpt_kernels.convert(model, logits="head")
+    assert {entry.name: entry.reason for entry in report.left_alone}["head"] == "its parameters are parametrized"
+    nn.utils.parametrize.remove_parametrizations(model.head, "weight")
+    torch.testing.assert_close(model(*inputs()), expected)

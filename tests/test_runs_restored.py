@@ -304,7 +304,17 @@ class SavesThenWritesData(LearnsInBackward):
         return y
 
 
-@pytest.mark.parametrize("kind", [LearnsInBackward, SavesThenWritesData])
+class WritesThenSavesData(LearnsInBackward):
+    """Saves an alias that has a version of its own, below that of the buffer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.add_(1.0)
+        y = self.linear(x) * self.scale.data
+        self.scale.data.mul_(3.0)
+        return y
+
+
+@pytest.mark.parametrize("kind", [LearnsInBackward, SavesThenWritesData, WritesThenSavesData])
 def test_the_backward_pass_reads_and_writes_a_saved_buffer_as_autograd_does(kind: type[LearnsInBackward]) -> None:
     def result(level: str) -> list[Tensor]:
         torch.manual_seed(0)

@@ -372,6 +372,33 @@ def test_containers_are_written_to_once(level: str) -> None:
         assert layer.maps["rows"] == [0, 3, 3] and list(layer.maps["nested"]["sizes"]) == [1, 2]
 
 
+class Nested(nn.Module):
+    """A layer whose containers hold containers, and one that holds itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.steps: collections.OrderedDict[str, list[list[int]]] = collections.OrderedDict(rows=[[]])
+        self.around: list[Any] = []
+        self.around.append(self.around)
+        self.last = {0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps["rows"][0].append(len(x))
+        self.steps["row " + str(len(self.steps))] = []
+        self.around.append(None)
+        self.last.add(self.last.pop() + 1)
+        return self.linear(x).exp()
+
+
+def test_nested_containers_are_written_to_once() -> None:
+    ckpt_kernels.convert(net := nn.Sequential(Nested()), recompute={"0": "checkpoint"})
+    net(torch.randn(3, WIDTH)).sum().backward()
+    assert net[0].steps == {"rows": [[3]], "row 1": []}
+    assert net[0].around[0] is net[0].around and net[0].around[1:] == [None]
+    assert net[0].last == {1}
+
+
 class Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (2 * x).sin()

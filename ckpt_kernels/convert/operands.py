@@ -18,7 +18,10 @@ from .torch_patches import INHERITED_METHODS, TORCH_FUNCTIONS, are_patched, are_
 
 
 def _steps_of(kind: type[nn.Module]) -> dict[str, types.FunctionType]:
-    """The methods of a class of torch that the forward names, and those that these name."""
+    """The methods of a class of torch that the forward names, and those that these name.
+
+    Two are left out: they check the input, and the rules of norms call them.
+    """
     steps: dict[str, types.FunctionType] = {}
     waiting: list[Any] = [kind.forward]
     while waiting:
@@ -47,8 +50,7 @@ FORWARDS = {
     for kind in vars(nn).values()
     if isinstance(kind, type) and issubclass(kind, nn.Module) and is_unpatched(kind.forward)
 }
-# The methods that their forwards call, and the code of these, for classes whose forwards call any. Two are left out:
-# they check the input, and the rules of norms call them.
+# The methods that their forwards call, and the code of these.
 _STEPS = {
     kind: [(name, step, step.__code__) for name, step in _steps_of(kind).items()]
     for kind, (forward, code) in FORWARDS.items()

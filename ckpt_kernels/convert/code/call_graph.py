@@ -109,8 +109,8 @@ def _named_in(function: types.FunctionType, kind: type) -> Iterator[types.Functi
     owners = [owner for owner in kind.__mro__ if not belongs_to_torch(owner)]
     values: list[Any] = list(map(cell_value, function.__closure__ or ()))
     for name in names:
-        # In all classes of the method resolution order, because `super()` may call any. Only a method makes its
-        # instance anew; elsewhere this is the name of another class's method.
+        # In all classes of the method resolution order, because `super()` may call any. In a function that is no method
+        # of the class, the name of a maker is that of another class's method.
         if name not in MAKERS or function in methods_of(kind):
             values += [vars(owner)[name] for owner in owners if name in vars(owner)]
         values.append(namespace.get(name))

@@ -21,8 +21,8 @@ def classes_told_inside(kind: type[nn.Module]) -> Classes:
     """The classes that the forward of a class, or a function that the forward may call, tells from their subclasses
     (see `class_uses`), where an object may be a module inside.
 
-    That is any object but the module itself and the arguments of the forward. Functions that take
-    no modules, and are reached by names alone, do not count.
+    That is any object but the module itself and the arguments of the forward. Functions that take no modules, and are
+    reached by names alone, do not count.
     """
     methods = methods_of(kind)
     reached = (function for function in reachable_functions(kind) if not takes_no_modules(function))

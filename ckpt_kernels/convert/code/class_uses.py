@@ -28,6 +28,7 @@ class _EveryClass:
         return True
 
 
+# Either a frozenset or every class.
 Classes = Container[type]
 EVERY_CLASS: Classes = _EveryClass()
 

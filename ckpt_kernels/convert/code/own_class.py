@@ -1,7 +1,7 @@
 """Uses of a module's own class: whether code tells the converted class, which is a subclass, from the original.
 
 The code is all methods of the class, the functions that the forward may call, and the objects that get the module as
-an argument. Allowed uses are to call the class, to format the class, and to read inherited attributes.
+an argument. What uses tell which classes is described in class_uses.py.
 """
 
 import ast
@@ -71,7 +71,8 @@ def _reader_in_code(kind: type[nn.Module]) -> str:
 
 
 def _named_by_makers_alone(methods: Mapping[types.FunctionType, str]) -> set[str]:
-    """The names of private methods that no code of the class but `__init__` names: they run before a conversion."""
+    """The names of private methods that no method of the class names but those that make an instance: they run before a
+    conversion."""
     by_makers, by_others = set[str](), set[str]()
     for method, name in methods.items():
         (by_makers if name in MAKERS else by_others).update(names_in(method.__code__))
