@@ -204,10 +204,10 @@ def settles_at(count: int) -> bool:
 
 
 def live_bytes() -> int:
-    """The bytes of the storages of all tensors that are alive in Python."""
+    """The bytes of the storages of all tensors that are alive in Python, without those that torch.func has wrapped."""
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) is Tensor:
+        if type(thing) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(thing):
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 

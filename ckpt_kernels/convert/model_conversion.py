@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from .. import backends, offload
 from ..levels import discards_outputs, level_of_blocks, runs_layers_again, runs_products_again
@@ -20,7 +19,7 @@ from .forward_contexts import (
 from .late_conversion import LateConversion, late_candidates
 from .layers import above_lists, count_matrices, has_forward, layers_of, may_not_repeat
 from .module_levels import AtLevel, ConvertibleModules, Levels
-from .module_tree import children_of, modules_of, named_modules, nearest, tensors_of
+from .module_tree import children_of, is_parametrized, modules_of, named_modules, nearest, tensors_of
 from .report import Report
 from .rewriting.methods import RewrittenMethods, rewritten_methods_of
 from .rewriting.roles import looks_like_mlp
@@ -66,7 +65,7 @@ class ModelConversion(LeafConverter):
         step depends on the rules of the steps before."""
         self.names = names = {module: name for name, module in named_modules(self.model)}
         for name, module in heads.items():
-            if parametrize.is_parametrized(module):
+            if is_parametrized(module):
                 self.leave(name, module, PARAMETRIZED)
             else:
                 self.apply(name, module, Head())
@@ -92,7 +91,7 @@ class ModelConversion(LeafConverter):
         if leaf or not self.selection.covers(module):
             return
         if not may_be_swapped(module):
-            is_block = len(children_of(module)) > int(parametrize.is_parametrized(module))
+            is_block = len(children_of(module)) > int(is_parametrized(module))
             if is_block and has_forward(module) and (why := _why_class_stays(module)):
                 self.unread[module] = why
                 self.leave(name, module, why)
@@ -191,7 +190,7 @@ class ModelConversion(LeafConverter):
 
 
 def _why_class_stays(module: nn.Module) -> str:
-    if parametrize.is_parametrized(module):
+    if is_parametrized(module):
         return PARAMETRIZED
     reader = reader_of_class(module)
     return f"keeps its class, which {reader} reads" if reader else ""

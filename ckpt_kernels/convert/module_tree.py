@@ -73,6 +73,12 @@ def children_of(module: nn.Module) -> list[nn.Module]:
     return [child for child in module._modules.values() if child is not None]
 
 
+def is_parametrized(module: nn.Module) -> bool:
+    """Whether a parameter of the module is parametrized. Runs no code of the module, unlike torch's function."""
+    modules = module.__dict__.get("_modules")
+    return type(modules) is dict and isinstance(modules.get("parametrizations"), nn.ModuleDict)
+
+
 def tensors_of(model: nn.Module, buffers: bool = False) -> Iterator[Tensor]:
     """The parameters of the module and of all modules below, and with `buffers` the buffers too."""
     for module in modules_of(model):

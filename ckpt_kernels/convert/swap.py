@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from .class_members import has_members_as_made, remember_members, undo_subclass_hooks
 from .code.memoization import shared_results
 from .code.own_class import reader_of_own_class
 from .forward_contexts import ForwardContext
 from .late_modules import late_conversion_of
+from .module_tree import is_parametrized
 from .native_guards import ACTIVATION, are_same
 from .operands import is_called_plainly
 from .rules.rule import ContextOnly, Rule
@@ -138,7 +138,7 @@ def may_be_swapped(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
     # Torch removes a parametrization from the module's very class.
-    if parametrize.is_parametrized(module):
+    if is_parametrized(module):
         return False
     return is_plain_method(inspect.getattr_static(kind, "forward", None)) and not reader_of_class(module)
 

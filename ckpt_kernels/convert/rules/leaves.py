@@ -2,9 +2,9 @@
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from ..forward_contexts import ForwardContext
+from ..module_tree import is_parametrized
 from ..report import LeftAlone, Replaced
 from ..selection import Selection
 from ..swap import NotSwapped, may_be_swapped, swap
@@ -41,7 +41,7 @@ class LeafConverter:
                 self.leave(name, module, reason)
         elif why := self.selection.why_not(module):
             self.leave(name, module, why)
-        elif parametrize.is_parametrized(module):
+        elif is_parametrized(module):
             self.leave(name, module, PARAMETRIZED)
         elif "forward" in module.__dict__:
             self.leave(name, module, "its forward was replaced on the instance")
