@@ -112,23 +112,33 @@ class BufferSnapshot:
             self.tensor.data.copy_(current)
 
     def saved(self, value: Tensor) -> tuple[Tensor, int | None]:
-        """A tensor of the buffer's memory that a node saves within `restored`, as the backward pass shall read it, and
-        the version that the tensor then has.
+        """See `as_autograd_reads`, of a tensor of the buffer's memory that a node saves within `restored`."""
+        return as_autograd_reads(value, self._version, self._version_now)
 
-        Autograd reads the value of the backward pass, and a node may write to the buffer there, unless the buffer has
-        had a new version since; this is an error in autograd, and here a copy has the value of the first run. Both runs
-        write as often, so the version in the first run is known.
-        """
-        version = None if value.is_inference() else value._version
-        if version is None or self._version is None or self._version_now is None:
-            return value, version
-        writes = version - self._version_now
-        if writes < 0:  # made by `.data`, with a version of its own
-            return value, version
-        if self._version + writes == self._version_now:
-            return value, self._version_now
-        copy = value.clone()
-        return copy, copy._version
+
+def as_autograd_reads(value: Tensor, first: int | None, now: int | None) -> tuple[Tensor, int | None]:
+    """A tensor that a node saves in a second run, as the backward pass shall read it, and the version that the tensor
+    then has.
+
+    Autograd reads the value of the backward pass, and a node may write to the tensor there, unless the tensor has had a
+    new version since; this is an error in autograd, and here a copy has the value of the first run. Both runs write as
+    often, so the version in the first run is known.
+
+    Args:
+        value: the tensor.
+        first: the version before the first run; None for an inference tensor.
+        now: the version before the second run, which returns afterwards.
+    """
+    version = None if value.is_inference() else value._version
+    if version is None or first is None or now is None:
+        return value, version
+    writes = version - now
+    if writes < 0:  # made by `.data`, with a version of its own
+        return value, version
+    if first + writes == now:
+        return value, now
+    copy = value.clone()
+    return copy, copy._version
 
 
 def _described(tensor: Tensor) -> str:

@@ -207,7 +207,10 @@ def _results(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], Any]:
 
 
 def _truths(model: nn.Module, batches: Sequence[Inputs]) -> list[dict[str, Tensor]]:
-    """The results of a float64 copy for one batch after the other, with the random numbers that the model draws."""
+    """The results of a float64 copy for one batch after the other, with the random numbers that the model draws.
+
+    Raises ValueError for a model that does not run in float64.
+    """
     draws_any = draws_random_numbers(copy_of(model), batches[0])
     plain, exact = copy_of(model), copy_of(model).double()
     truths = []
@@ -217,7 +220,13 @@ def _truths(model: nn.Module, batches: Sequence[Inputs]) -> list[dict[str, Tenso
             with random_draws.recorded(draws):
                 _from_same_seeds(functools.partial(_results, plain, batch))
         with random_draws.repeated(draws) if draws else contextlib.nullcontext():
-            (results, _), _ = _from_same_seeds(functools.partial(_results, exact, each_of(batch, in_double)))
+            try:
+                (results, _), _ = _from_same_seeds(functools.partial(_results, exact, each_of(batch, in_double)))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"model does not run in float64: {error}; expected a model that takes the dtype of its tensors "
+                    "from parameters and inputs, because the results of a float64 copy count as the truth"
+                ) from error
         truths.append(results)
     return truths
 

@@ -1,5 +1,6 @@
 """`check` and the command `convert-check`."""
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
@@ -191,3 +192,35 @@ def test_the_second_batch_has_other_values() -> None:
     # Integers beside the values of one sample may be sizes.
     sizes = torch.tensor([[4, 6]])
     assert torch.equal(another_batch((torch.randn(1, 4, 6), sizes))[1], sizes)
+
+
+@dataclasses.dataclass
+class Result:
+    """What a model returns."""
+
+    sample: Tensor
+    count: int = 1
+
+
+class OfDataclass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlps()
+
+    def forward(self, x: Tensor) -> Result:
+        return Result(self.inner(x))
+
+
+class InFloat32(OfDataclass):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(torch.ones_like(x, dtype=torch.float32))
+
+
+def test_check_finds_tensors_in_dataclasses() -> None:
+    found = check(OfDataclass().to(DEVICE), (random_tensor(3, WIDTH),), turns=1)
+    assert all(0 < errors.eager < 1e-5 for errors in found.errors)
+
+
+def test_check_names_the_cause_where_a_model_does_not_run_in_float64() -> None:
+    with pytest.raises(ValueError, match=r"model does not run in float64: .*; expected a model that takes the dtype"):
+        check(InFloat32().to(DEVICE), (random_tensor(3, WIDTH),), turns=1)

@@ -221,26 +221,17 @@ def test_a_second_conversion_reads_changed_globals(monkeypatch) -> None:
     torch.testing.assert_close(module(rows()), F.gelu(rows()))
 
 
-ALLOWED = sorted({*reachability._ALLOWED, *recognition._NAMES})
-WATCHED = {
-    id(holder): {name for other, name, _ in TORCH_FUNCTIONS if other is holder} for holder, *_ in TORCH_FUNCTIONS
-}
-
-
-@pytest.mark.parametrize("holder", [Tensor, torch, F], ids=lambda holder: holder.__name__)
-def test_all_functions_that_code_may_name_are_watched(holder) -> None:
+@pytest.mark.parametrize("names", [reachability._ALLOWED, recognition._NAMES], ids=["trials", "rotations"])
+def test_all_methods_that_code_may_name_are_watched(names) -> None:
     """A user may patch any of them, and the code that names it must see the patch."""
-    owner = holder if holder is Tensor else vars(holder)
-    watched = {name for other, name, _ in TORCH_FUNCTIONS if other is owner}
-    if holder is Tensor:
-        watched.update(INHERITED_METHODS)
-    functions = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
-    named = {name for name in ALLOWED if isinstance(getattr(holder, name, None), functions)}
+    watched = {name for holder, name, _ in TORCH_FUNCTIONS if holder is Tensor}.union(INHERITED_METHODS)
+    functions = (types.FunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+    named = {name for name in names if isinstance(getattr(Tensor, name, None), functions)}
     assert named and named <= watched
 
 
 class ChannelsFirst(nn.Module):
-    """A norm whose code names methods of tensors."""
+    """A norm whose code names methods of tensors, and a function of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,14 +239,14 @@ class ChannelsFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.layer_norm(x.movedim(1, -1).contiguous(), self.weight.shape, self.weight, self.bias, 1e-6)
-        return y.movedim(-1, 1)
+        return torch.movedim(y, -1, 1)
 
 
-@pytest.mark.parametrize("name", ["movedim", "contiguous"])
-def test_a_patched_method_is_called(name: str, monkeypatch) -> None:
+@pytest.mark.parametrize("holder, name", [(Tensor, "movedim"), (Tensor, "contiguous"), (torch, "movedim")])
+def test_a_patched_function_is_called(holder, name: str, monkeypatch) -> None:
     model = nn.Sequential(ChannelsFirst())
     assert found_in(ckpt_kernels.convert(model)) == {"0": "layer_norm (channels first)"}
-    method = getattr(Tensor, name)
-    monkeypatch.setattr(Tensor, name, lambda self, *args: 2 * method(self, *args), raising=False)
+    function = getattr(holder, name)
+    monkeypatch.setattr(holder, name, lambda *args: 2 * function(*args), raising=False)
     x = torch.randn(2, WIDTH, 3, 3)
     torch.testing.assert_close(model(x), ChannelsFirst.forward(model[0], x))

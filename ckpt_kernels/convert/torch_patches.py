@@ -16,14 +16,13 @@ from ..activations import FUNCTION_NAMES
 from .code.call_graph import belongs_to_torch
 from .native_guards import Binding, are_same_untraced
 
-# The functions and methods by which blocks are known, and those of the operations that are allowed in trials and
-# formulas.
 _OF_FUNCTIONAL = sorted(
-    FUNCTION_NAMES.union("batch_norm dropout glu group_norm instance_norm layer_norm linear normalize rms_norm".split())
+    FUNCTION_NAMES.union("batch_norm dropout glu group_norm instance_norm layer_norm linear rms_norm".split())
 )
-_OF_TORCH = """add addmm batch_norm cat chunk div empty_like erf flatten group_norm instance_norm layer_norm mean
-    movedim mul neg permute pow relu repeat_interleave reshape rms_norm rsqrt sigmoid sqrt square stack sub sum tanh
-    transpose unbind unflatten unsqueeze var view_as_complex view_as_real""".split()
+_OF_TORCH = """add addmm batch_norm chunk erf group_norm instance_norm layer_norm mul pow relu rms_norm rsqrt sigmoid
+    sqrt square tanh""".split()
+# The methods by which blocks are known, and those of the operations that are allowed in trials and formulas. Other
+# functions of torch that a trial allows are in the snapshot of the code that was tried.
 _METHODS = """__add__ __getitem__ __iadd__ __iter__ __mul__ __neg__ __pow__ __radd__ __rdiv__ __rmul__ __rpow__ __rsub__
     __rtruediv__ __sub__ __truediv__ add bfloat16 chunk clamp clamp_max clamp_min clone contiguous div erf expand
     flatten float mean movedim mul neg permute pow relu repeat_interleave reshape rsqrt sigmoid size split

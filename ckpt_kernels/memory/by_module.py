@@ -190,7 +190,7 @@ def _measured(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, An
     def step() -> None:
         outputs = [t for t in tensors_in(model(*inputs, **kwargs)) if t.requires_grad]
         if outputs and wanted:
-            total: Any = sum(t.float().sum() for t in outputs)
+            total: Any = sum((t.abs() if t.is_complex() else t.float()).sum() for t in outputs)
             torch.autograd.grad(total, wanted, allow_unused=True)
 
     if device.type not in ("cpu", "cuda"):

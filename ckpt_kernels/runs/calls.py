@@ -20,6 +20,7 @@ from ..random_state import RandomState
 from ..recompute.biases import address_of
 from .arguments import version_of
 from .held import Held
+from .written_parameters import WrittenParameter
 
 if TYPE_CHECKING:
     from .run import Run
@@ -81,8 +82,9 @@ class Call:
 
     random: RandomState
     reads_own_graph = False
-    # The buffers that have earlier values while the call is repeated, by the address of their storages.
-    restored: Mapping[int, BufferSnapshot] = types.MappingProxyType({})
+    # The buffers that have earlier values while the call is repeated, and the parameters that the call writes to, by
+    # the address of their storages.
+    restored: Mapping[int, BufferSnapshot | WrittenParameter] = types.MappingProxyType({})
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place], held: Held) -> None:
         self.function = function
@@ -98,7 +100,21 @@ class Call:
         is_distributed = _CAN_BE_DISTRIBUTED and torch.distributed.is_initialized()
         self.parameters = [] if is_distributed else held.parameters
         self.memory = _memory_of(self.parameters)
+        self.written: list[WrittenParameter] = []
         self.states = None if is_distributed else held.states
+
+    def end(self) -> None:
+        """Finds out, after the first pass, what the call has written to."""
+        for buffer in self.buffers:
+            buffer.end_call()
+        if self.states is not None:
+            self.states.forget_unread()
+        before, now = self.memory, _memory_of(self.parameters)
+        for place, parameter in enumerate(self.parameters) if now != before else ():
+            (first, address), (version, address_now) = before[place], now[place]
+            if first is not None and version is not None and version != first and address == address_now:
+                self.written.append(WrittenParameter(parameter, first, version))
+                self.memory[place] = now[place]
 
     def forget_saved(self) -> None:
         """Drops the values that the first pass has saved."""
@@ -125,10 +141,11 @@ class Call:
         with contextlib.ExitStack() as stack:
             if self.states is not None:
                 stack.enter_context(self.states.restored(list(tensors_among((args, kwargs)))))
-            restored = [buffer for buffer in self.buffers if buffer.is_needed()]
-            for buffer in restored:
-                stack.enter_context(buffer.restored())
-            self.restored = {buffer.tensor.untyped_storage()._cdata: buffer for buffer in restored}
+            restored: list[BufferSnapshot | WrittenParameter] = [*self.written]
+            restored += [buffer for buffer in self.buffers if buffer.is_needed()]
+            for written in restored:
+                stack.enter_context(written.restored())
+            self.restored = {written.tensor.untyped_storage()._cdata: written for written in restored}
             if backends.chosen() != self.backend:
                 stack.enter_context(backends.serving(self.backend))
             if autocast_state() != self.autocast:

@@ -23,6 +23,7 @@ from .arguments import Input, Link, Restored, Source, version_checked, version_o
 from .calls import Call, Place, Saved
 from .held import Held
 from .state import repeating, thread
+from .written_parameters import OtherValue
 
 
 class _AllSaved(BaseException):
@@ -91,10 +92,7 @@ class Run:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             output = call.function(*args, **kwargs)
         is_running = False
-        for buffer in call.buffers:
-            buffer.end_call()
-        if call.states is not None:
-            call.states.forget_unread()
+        call.end()
         if may_keep and any(buffer.is_written and not buffer.is_copied for buffer in call.buffers):
             self._calls.pop()
             return output
@@ -163,6 +161,8 @@ class Run:
             yield
         except _AllSaved:
             pass
+        except OtherValue:
+            raise
         except RuntimeError:
             # A scripted function raises an error of its own for an exception within, which tells nothing of the cause.
             if not self._has_all_saved:
