@@ -339,6 +339,12 @@ def test_modules_of_other_classes_are_converted() -> None:
     assert inspected_modules(model) == {*model[0].modules()} - {model[0]}
 
 
+def test_a_converted_module_counts_by_the_class_that_it_had() -> None:
+    model = ByIs()
+    ckpt_kernels.convert(model.layers[2])
+    assert type(model.layers[2]) is not nn.LayerNorm and inspected_modules(model) == {model.layers[2]}
+
+
 class Initialized(nn.Module):
     """A module with a method that compares the classes of other modules, and with one that compares its own."""
 
@@ -494,6 +500,9 @@ class Comparer:
     def __call__(self, module: nn.Module) -> bool:
         return type(module) is Holding
 
+    def own(self, module: nn.Module) -> bool:
+        return type(module) is Holding
+
     def others(self, module: nn.Module) -> bool:
         return type(module) is nn.LayerNorm
 
@@ -501,7 +510,7 @@ class Comparer:
 class Holding(Initialized):
     """Passes itself to what `held` is."""
 
-    def __init__(self, held: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, held: Any) -> None:
         super().__init__()
         self.held = held
 
@@ -517,6 +526,8 @@ READERS = {
     "a function": (lambda: Holding(compares), "held"),
     "a function of other classes": (lambda: Holding(compares_others), ""),
     "an object": (lambda: Holding(Comparer()), "held"),
+    "an object in a list": (lambda: Holding([Comparer()]), "held"),
+    "a method": (lambda: Holding(Comparer().own), "held"),
     "a method of other classes": (lambda: Holding(Comparer().others), ""),
     "code without a source": (type("Unread", (Initialized,), {"forward": UNREAD["forward"]}), "forward"),
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 from ckpt_kernels.convert.code.scope import UNKNOWN, Scope
 from ckpt_kernels.convert.code.source import tree_of
+from ckpt_kernels.convert.operands import has_steps_of
 
 from .conftest import DEVICE
 from .conversion import WIDTH, close, kept, random_tensor, reason_of, replacement_of, results_of, twins
@@ -341,3 +342,9 @@ def test_a_step_for_one_image_that_an_instance_overrides() -> None:
         norm._handle_no_batch_input = lambda input: 2 * nn.InstanceNorm2d._handle_no_batch_input(twin[0], input)
     x = random_tensor(WIDTH, 8, 8)
     assert close(results_of(twin, x), results_of(model, x))
+
+
+def test_a_step_whose_code_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert has_steps_of(nn.InstanceNorm2d, nn.InstanceNorm1d)
+    monkeypatch.setattr(nn.InstanceNorm2d._apply_instance_norm, "__code__", (lambda self, input: input).__code__)
+    assert not has_steps_of(nn.InstanceNorm2d, nn.InstanceNorm1d)
