@@ -33,7 +33,10 @@ def _told(function: types.FunctionType, method: str | None) -> Classes:
     """The classes that a function tells; `method` is the function's name in the class, None if in none."""
     if "__class__" in function.__code__.co_consts:  # getattr(layer, "__class__")
         return EVERY_CLASS
-    if not {"type", "__class__"} & names_in(function.__code__):
+    names = names_in(function.__code__)
+    if any(function.__globals__.get(name) is type for name in names):  # kind_of = type
+        return EVERY_CLASS
+    if not {"type", "__class__"} & names:
         return frozenset()
     tree = tree_of(function)
     if tree is None or _passes_type_on(tree):
