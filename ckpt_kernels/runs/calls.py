@@ -20,7 +20,6 @@ from ..random_state import RandomState
 from ..recompute.biases import address_of
 from .arguments import version_of
 from .held import Held
-from .written_parameters import WrittenParameter
 
 if TYPE_CHECKING:
     from .run import Run
@@ -82,9 +81,10 @@ class Call:
 
     random: RandomState
     reads_own_graph = False
-    # The buffers that have earlier values while the call is repeated, and the parameters that the call writes to, by
-    # the address of their storages.
-    restored: Mapping[int, BufferSnapshot | WrittenParameter] = types.MappingProxyType({})
+    # The buffers that have earlier values while the call is repeated, by the address of their storages.
+    restored: Mapping[int, BufferSnapshot] = types.MappingProxyType({})
+    # Whether the forward pass has changed gradients of the parameters.
+    adds_gradients = False
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place], held: Held) -> None:
         self.function = function
@@ -100,7 +100,7 @@ class Call:
         is_distributed = _CAN_BE_DISTRIBUTED and torch.distributed.is_initialized()
         self.parameters = [] if is_distributed else held.parameters
         self.memory = _memory_of(self.parameters)
-        self.written: list[WrittenParameter] = []
+        self.gradients = _gradients_of(self.parameters)
         self.states = None if is_distributed else held.states
 
     def end(self) -> None:
@@ -109,12 +109,7 @@ class Call:
             buffer.end_call()
         if self.states is not None:
             self.states.forget_unread()
-        before, now = self.memory, _memory_of(self.parameters)
-        for place, parameter in enumerate(self.parameters) if now != before else ():
-            (first, address), (version, address_now) = before[place], now[place]
-            if first is not None and version is not None and version != first and address == address_now:
-                self.written.append(WrittenParameter(parameter, first, version))
-                self.memory[place] = now[place]
+        self.adds_gradients = self.adds_gradients or _gradients_of(self.parameters) != self.gradients
 
     def forget_saved(self) -> None:
         """Drops the values that the first pass has saved."""
@@ -141,18 +136,17 @@ class Call:
         with contextlib.ExitStack() as stack:
             if self.states is not None:
                 stack.enter_context(self.states.restored(list(tensors_among((args, kwargs)))))
-            restored: list[BufferSnapshot | WrittenParameter] = [*self.written]
-            restored += [buffer for buffer in self.buffers if buffer.is_needed()]
-            for written in restored:
-                stack.enter_context(written.restored())
-            self.restored = {written.tensor.untyped_storage()._cdata: written for written in restored}
+            restored = [buffer for buffer in self.buffers if buffer.is_needed()]
+            for buffer in restored:
+                stack.enter_context(buffer.restored())
+            self.restored = {buffer.tensor.untyped_storage()._cdata: buffer for buffer in restored}
             if backends.chosen() != self.backend:
                 stack.enter_context(backends.serving(self.backend))
             if autocast_state() != self.autocast:
                 for device, options in self.autocast:
                     stack.enter_context(torch.autocast(device, **options))
             forget_casts()
-            if self.reads_own_graph:
+            if self.reads_own_graph or self.adds_gradients:
                 attributes = [buffer.tensor for buffer in self.buffers if buffer.tensor.requires_grad]
                 stack.enter_context(_apart_from_gradients([*self.parameters, *attributes]))
             return list(tensors_among(function(*args, **kwargs)))
@@ -169,6 +163,12 @@ def _apart_from_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+
+
+def _gradients_of(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int] | None]:
+    """The identity and the version of each parameter's gradient."""
+    gradients = [parameter.grad for parameter in parameters]
+    return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
 
 
 def _memory_of(parameters: Sequence[nn.Parameter]) -> list[tuple[int | None, int]]:

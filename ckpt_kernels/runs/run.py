@@ -23,7 +23,6 @@ from .arguments import Input, Link, Restored, Source, version_checked, version_o
 from .calls import Call, Place, Saved
 from .held import Held
 from .state import repeating, thread
-from .written_parameters import OtherValue
 
 
 class _AllSaved(BaseException):
@@ -161,8 +160,6 @@ class Run:
             yield
         except _AllSaved:
             pass
-        except OtherValue:
-            raise
         except RuntimeError:
             # A scripted function raises an error of its own for an exception within, which tells nothing of the cause.
             if not self._has_all_saved:

@@ -137,10 +137,12 @@ _ITEMS: dict[type, Callable[[Any], Iterable[Any]]] = {
     dict: dict.values,
     **{kind: kind.__iter__ for kind in (list, tuple, set, frozenset)},
 }
+# What `functools.lru_cache` makes of a function.
+_CACHED: type = type(functools.lru_cache(len))
 # The types of values that are or hold functions. Most values are of other types, and are not looked into.
 _HOLDERS = (
     *(types.FunctionType, types.MethodType, classmethod, staticmethod, property, functools.cached_property),
-    *(functools.partial, functools.partialmethod, *_ITEMS),
+    *(functools.partial, functools.partialmethod, _CACHED, *_ITEMS),
 )
 
 
@@ -161,6 +163,8 @@ def functions_held_by(value: Any, depth: int = _DEPTH) -> Iterator[types.Functio
         parts = [value.fget, value.fset, value.fdel]
     elif has_type(value, functools.cached_property):
         parts = [value.func]
+    elif has_type(value, _CACHED):
+        parts = [value.__wrapped__]
     elif has_type(value, (classmethod, staticmethod, types.MethodType)):
         parts = [value.__func__]
     elif has_type(value, (functools.partial, functools.partialmethod)):

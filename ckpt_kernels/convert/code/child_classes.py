@@ -10,7 +10,7 @@ from torch import nn
 
 from .call_graph import methods_of, reachable_functions, takes_no_modules
 from .class_uses import EVERY_CLASS, Classes, aliased, told_classes, union
-from .code_objects import names_in
+from .code_objects import has_type, names_in
 from .memoization import memoized
 from .source import tree_of
 from .syntax_trees import is_name, stored_names
@@ -24,9 +24,14 @@ def classes_told_inside(kind: type[nn.Module]) -> Classes:
     That is any object but the module itself and the arguments of the forward. Functions that take no modules, and are
     reached by names alone, do not count.
     """
-    methods = methods_of(kind)
+    # The first argument of a static method is any object, as that of a plain function.
+    methods = {f: name for f, name in methods_of(kind).items() if not _is_static(kind, name)}
     reached = (function for function in reachable_functions(kind) if not takes_no_modules(function))
     return union(_told(function, methods.get(function)) for function in reached)
+
+
+def _is_static(kind: type[nn.Module], name: str) -> bool:
+    return any(has_type(vars(owner).get(name), staticmethod) for owner in kind.__mro__)
 
 
 def _told(function: types.FunctionType, method: str | None) -> Classes:

@@ -8,7 +8,7 @@ import ast
 import inspect
 import re
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
@@ -59,8 +59,7 @@ def _reader_in_code(kind: type[nn.Module]) -> str:
     """The name of a method of the class, or of a function that the forward may call, that inspects the class; or ""."""
     methods = methods_of(kind)
     reached = reachable_functions(kind)
-    before = {*MAKERS, *_named_by_makers_alone(methods)}
-    candidates = {f for f, name in methods.items() if name not in before and f.__module__ not in _HARMLESS}
+    candidates = {f for f, name in methods.items() if name not in MAKERS and f.__module__ not in _HARMLESS}
     # A plain function sees the module only if a method passes the module on.
     candidates.update(reached if _passing_methods(kind) else methods.keys() & set(reached))
     class_methods = {f for f, name in methods.items() if has_type(inspect.getattr_static(kind, name), classmethod)}
@@ -68,15 +67,6 @@ def _reader_in_code(kind: type[nn.Module]) -> str:
     candidates -= class_methods.difference(reached)
     readers = (f.__name__ for f in candidates if kind in _told_classes(f, f in class_methods, 0))
     return min(readers, default="")
-
-
-def _named_by_makers_alone(methods: Mapping[types.FunctionType, str]) -> set[str]:
-    """The names of private methods that no method of the class names but those that make an instance: they run before a
-    conversion."""
-    by_makers, by_others = set[str](), set[str]()
-    for method, name in methods.items():
-        (by_makers if name in MAKERS else by_others).update(names_in(method.__code__))
-    return {name for name in by_makers - by_others if name.startswith("_") and not name.startswith("__")}
 
 
 @memoized
