@@ -21,8 +21,6 @@ ACTS = {"silu": F.silu, "gelu": F.gelu, "relu": torch.relu, "tanh": torch.tanh}
 STATE: dict = {}
 LOG: list = []
 HANDLES: list = []
-SHARES = {nn.LayerNorm: 0.5, nn.GELU: 2.0, nn.SiLU: 3.0}
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 TOTAL = 0
 USED = (math, random, numpy, contextlib, checkpoint)
 

@@ -79,11 +79,6 @@ PATTERNS: tuple[str, ...] = (
     "$N = F.silu(torch.randn($x.shape) + $x) * $y",
     "$u = ($x > 0) & ($y < 1)\n$N = $act($x).masked_fill($u, 0.0)",
     "match $x.dim():\n    case 2:\n        $N = $act($x)\n    case _:\n        $N = $norm($x)",
-    "$N = $norm($x) * (2.0 if type($norm) is nn.LayerNorm else 1.0)",
-    "$N = $act($norm($x)) if type($act) is nn.GELU or type($norm) in NORMS else $norm($x)",
-    "$N = $mlp($x) * SHARES.get(type($act), 1.0)",
-    "$N = F.pad($mlp($x[..., 1:, :]), (0, 0, 1, 0))",
-    "$N = F.pad($lin($act($lin2($x[..., -1:, :]))), (0, 0, $x.shape[-2] - 1, 0))",
     "with torch.autocast('cpu', dtype=torch.bfloat16):\n    $N = $smooth\n    $M = $smooth2\n"
     "$N, $M = $N.to($x.dtype), $M.to($x.dtype)",
 )
