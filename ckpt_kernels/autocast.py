@@ -1,6 +1,7 @@
 """Autocast on the device of a tensor. torch has no autocast for meta, and raises an error when asked."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,11 +13,17 @@ def is_autocast(tensor: Tensor) -> bool:
     return torch._C._is_any_autocast_enabled() and not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
-def forget_casts() -> None:
-    """Clear the copies of parameters and other leaves that autocast shares between ops, so that the next op makes its
-    own."""
-    if torch._C._is_any_autocast_enabled():
-        torch.clear_autocast_cache()
+@contextlib.contextmanager
+def without_shared_casts() -> Iterator[None]:
+    """A context in which each op makes its own copies of parameters and other leaves, which autocast else shares."""
+    is_sharing = torch._C._is_any_autocast_enabled() and torch.is_autocast_cache_enabled()
+    if is_sharing:
+        torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        if is_sharing:
+            torch.set_autocast_cache_enabled(True)
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:

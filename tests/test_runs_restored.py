@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_kernels
+from ckpt_kernels.memory import saved_bytes
 from ckpt_kernels.runs import is_repeating
 from ckpt_kernels.runs.calls import Saved
 
@@ -208,6 +209,30 @@ def test_layers_under_autocast_that_read_the_same_leaf(given: str, is_cast_in_ba
 
     for found, expected in zip(run("checkpoint"), run("none"), strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)
+
+
+class Between(nn.Module):
+    """A linear layer that the model calls between checkpointed layers, which keep nothing of autocast's copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4))
+        self.shared = nn.Linear(WIDTH, 64 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) + self.shared(x)[:, :WIDTH]
+        return x
+
+
+def test_autocast_shares_copies_outside_of_checkpointed_layers() -> None:
+    def kept(level: str) -> int:
+        torch.manual_seed(0)
+        ckpt_kernels.convert(model := Between(), recompute={"layers": level})
+        with torch.autocast("cpu", torch.bfloat16):
+            return saved_bytes(model, torch.randn(2, WIDTH))
+
+    assert kept("checkpoint") <= kept("none")
 
 
 def test_the_dtype_of_autocast_is_restored() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..autocast import forget_casts
+from ..autocast import without_shared_casts
 from ..bitwise_check import checksum_of
 from ..call_state import BufferSnapshot, autocast_state
 from ..nested_values import tensors_among
@@ -83,7 +83,7 @@ class Call:
     reads_own_graph = False
     # The buffers that have earlier values while the call is repeated, by the address of their storages.
     restored: Mapping[int, BufferSnapshot] = types.MappingProxyType({})
-    # Whether the forward pass has changed gradients of the parameters.
+    # Whether the forward pass has changed gradients of the layer's leaves.
     adds_gradients = False
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place], held: Held) -> None:
@@ -100,7 +100,9 @@ class Call:
         is_distributed = _CAN_BE_DISTRIBUTED and torch.distributed.is_initialized()
         self.parameters = [] if is_distributed else held.parameters
         self.memory = _memory_of(self.parameters)
-        self.gradients = _gradients_of(self.parameters)
+        attributes = [] if is_distributed else [buffer for buffer, _ in held.buffers]
+        self.trained = [t for t in (*self.parameters, *attributes) if t.requires_grad and t.is_leaf]
+        self.gradients = _gradients_of(self.trained)
         self.states = None if is_distributed else held.states
 
     def end(self) -> None:
@@ -109,7 +111,7 @@ class Call:
             buffer.end_call()
         if self.states is not None:
             self.states.forget_unread()
-        self.adds_gradients = self.adds_gradients or _gradients_of(self.parameters) != self.gradients
+        self.adds_gradients = self.adds_gradients or _gradients_of(self.trained) != self.gradients
 
     def forget_saved(self) -> None:
         """Drops the values that the first pass has saved."""
@@ -145,10 +147,9 @@ class Call:
             if autocast_state() != self.autocast:
                 for device, options in self.autocast:
                     stack.enter_context(torch.autocast(device, **options))
-            forget_casts()
+            stack.enter_context(without_shared_casts())
             if self.reads_own_graph or self.adds_gradients:
-                attributes = [buffer.tensor for buffer in self.buffers if buffer.tensor.requires_grad]
-                stack.enter_context(_apart_from_gradients([*self.parameters, *attributes]))
+                stack.enter_context(_apart_from_gradients(self.trained))
             return list(tensors_among(function(*args, **kwargs)))
 
 
@@ -165,10 +166,10 @@ def _apart_from_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _gradients_of(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int] | None]:
-    """The identity and the version of each parameter's gradient."""
-    gradients = [parameter.grad for parameter in parameters]
-    return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
+def _gradients_of(leaves: Sequence[Tensor]) -> list[tuple[int, int | None] | None]:
+    """The identity and the version of each leaf's gradient."""
+    gradients = [leaf.grad for leaf in leaves]
+    return [None if gradient is None else (id(gradient), version_of(gradient)) for gradient in gradients]
 
 
 def _memory_of(parameters: Sequence[nn.Parameter]) -> list[tuple[int | None, int]]:

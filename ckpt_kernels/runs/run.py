@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..autocast import forget_casts
+from ..autocast import without_shared_casts
 from ..bitwise_check import checksum_of, note_difference
 from ..call_state import BufferSnapshot
 from ..nested_values import tensors_among
@@ -87,8 +87,7 @@ class Run:
             return saved.get()
 
         # A cast that an earlier layer made would be made anew in the second pass, and then have a recipe.
-        forget_casts()
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with without_shared_casts(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             output = call.function(*args, **kwargs)
         is_running = False
         call.end()
