@@ -317,7 +317,7 @@ def test_a_subclass_that_overrides_a_step_of_the_forward(name: str, recompute: A
 @pytest.mark.parametrize("on_class", [False, True])
 def test_a_step_that_is_overridden_later(on_class: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Norm(nn.InstanceNorm2d):
-        pass
+        """A class whose methods may be replaced."""
 
     model, twin = twins(lambda: nn.Sequential(Norm(WIDTH), nn.ReLU()))
     report = ckpt_kernels.convert(model)
